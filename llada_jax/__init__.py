@@ -1,0 +1,39 @@
+"""LLaDA2 diffusion language models in JAX: `Generator`, `LLaDA2`, `ModelConfig`, `load_model`."""
+
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llada_jax.checkpoint import load_model
+    from llada_jax.config import MeshConfig, ModelConfig
+    from llada_jax.generate import Generator, SamplingParams
+    from llada_jax.model.transformer import LLaDA2
+
+__version__ = importlib.metadata.version("llada-jax")
+
+__all__ = [
+    "Generator",
+    "LLaDA2",
+    "MeshConfig",
+    "ModelConfig",
+    "SamplingParams",
+    "__version__",
+    "load_model",
+]
+
+# Loaded on first use: `import llada_jax` must not need an accelerator's runtime.
+_HOMES = {
+    "Generator": "llada_jax.generate",
+    "SamplingParams": "llada_jax.generate",
+    "LLaDA2": "llada_jax.model.transformer",
+    "MeshConfig": "llada_jax.config",
+    "ModelConfig": "llada_jax.config",
+    "load_model": "llada_jax.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

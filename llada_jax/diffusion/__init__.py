@@ -1,0 +1,1 @@
+"""Masks, unmasking strategies and the sampling loop, for any denoiser."""

@@ -1,0 +1,19 @@
+"""From prompts to texts."""
+
+from llada_jax.generate.generator import Generator
+from llada_jax.generate.request import (
+    BlockEvent,
+    Completion,
+    DenoisingEvent,
+    RequestStats,
+    SamplingParams,
+)
+
+__all__ = [
+    "BlockEvent",
+    "Completion",
+    "DenoisingEvent",
+    "Generator",
+    "RequestStats",
+    "SamplingParams",
+]

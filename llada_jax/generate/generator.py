@@ -1,0 +1,511 @@
+"""`Generator`: a model, its tokenizer and its compiled programs, from prompts to texts."""
+
+import functools
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from llada_convert import import_hf
+from llada_jax import checkpoint, config, sharding
+from llada_jax.data import tokenizer as tokenizers
+from llada_jax.diffusion import masks, sampler
+from llada_jax.generate import batching, request
+from llada_jax.model import cache as kv_cache
+from llada_jax.model import transformer
+from llada_jax.ops import grouped_matmul as grouped_matmul_ops
+
+Prompt = str | Sequence[int]
+
+
+def _denoiser(model: transformer.LLaDA2) -> sampler.Denoiser[kv_cache.KVCache]:
+    """The model as the sampler sees it: cached lengths and writes follow the positions."""
+
+    def denoise(tokens, positions, mask, cache):
+        start = positions[:, 0]
+        logits, block = model(
+            tokens, positions=positions, mask=mask, cache=cache.replace(length=start)
+        )
+        length = start + tokens.shape[1]
+        return logits, kv_cache.write(cache, block, start, length, model.rules)
+
+    return denoise
+
+
+@functools.partial(jax.jit, static_argnames=("block_length",), donate_argnames=("cache",))
+def _prefill(model, tokens, start, cache, *, block_length):
+    return sampler.prefill(_denoiser(model), tokens, start, cache, block_length=block_length)
+
+
+@functools.partial(jax.jit, static_argnames=("history_steps",), donate_argnames=("cache",))
+def _decode_block(model, tokens, start, is_active, rows, cache, mask_id, *, history_steps):
+    return sampler.decode_block(
+        _denoiser(model),
+        tokens,
+        start,
+        is_active,
+        rows,
+        cache,
+        mask_id=mask_id,
+        history_steps=history_steps,
+    )
+
+
+@jax.jit
+def _logits(model, tokens, positions, mask):
+    return model(tokens, positions=positions, mask=mask)[0]
+
+
+class Generator:
+    """Generates texts with a LLaDA2 model on a device mesh.
+
+    Args:
+      model: the model, on the devices of `mesh`.
+      mesh: the mesh it was built under.
+      tokenizer: for prompts and answers as text; None if only token ids are used.
+      max_batch: most requests that are generated together.
+      prefill_chunk_tokens: most prompt tokens per forward pass.
+    """
+
+    def __init__(
+        self,
+        model: transformer.LLaDA2,
+        mesh: jax.sharding.Mesh,
+        *,
+        tokenizer: tokenizers.Tokenizer | None = None,
+        max_batch: int = 16,
+        prefill_chunk_tokens: int = 512,
+    ):
+        if max_batch < 1 or prefill_chunk_tokens < 1:
+            raise ValueError(
+                f"max_batch {max_batch} and prefill_chunk_tokens {prefill_chunk_tokens} must be >= 1"
+            )
+        self.model, self.mesh, self.tokenizer = model, mesh, tokenizer
+        self.config, self.rules = model.cfg, model.rules
+        self.max_batch, self.prefill_chunk_tokens = max_batch, prefill_chunk_tokens
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | pathlib.Path,
+        *,
+        mesh: config.MeshConfig | str | None = None,
+        dtype: str | None = None,
+        grouped_matmul: str | None = None,
+        **options: Any,
+    ) -> Self:
+        """Loads a model directory: one that `llada-convert` wrote, or a Hugging Face one.
+
+        Args:
+          path: the directory. A Hugging Face checkpoint is converted in memory.
+          mesh: sizes of the mesh axes, or text such as "1,1,8,1"; by default one device.
+          dtype: dtype to cast parameters to; by default as stored.
+          grouped_matmul: formulation of the experts' products; by default the fastest measured
+            for the backend.
+          **options: of the constructor.
+
+        Raises:
+          ValueError: the directory, the mesh or the tokenizer does not fit the model.
+        """
+        path = pathlib.Path(path)
+        if isinstance(mesh, str):
+            mesh = config.MeshConfig.parse(mesh)
+        mesh = mesh or config.MeshConfig()
+        device_mesh = sharding.make_mesh(mesh)
+        load = import_hf.load_hf_model
+        if checkpoint.is_model_directory(path):
+            load = checkpoint.load_model
+        mesh.validate(checkpoint.load_config(path))
+        if grouped_matmul is None:
+            grouped_matmul = grouped_matmul_ops.default_implementation(
+                device_mesh.devices.flat[0].platform
+            )
+        with jax.set_mesh(device_mesh):
+            model = load(
+                path, rules=sharding.SERVE_RULES, grouped_matmul=grouped_matmul, dtype=dtype
+            )
+        tokenizer = tokenizers.load_tokenizer(path)
+        if tokenizer is not None:
+            model.cfg = _with_tokenizer_ids(model.cfg, tokenizer)
+        return cls(model, device_mesh, tokenizer=tokenizer, **options)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: request.SamplingParams | Sequence[request.SamplingParams] | None = None,
+        **changes: Any,
+    ) -> list[request.Completion]:
+        """Generates an answer to every prompt.
+
+        Args:
+          prompts: a prompt or several, each a text or a sequence of token ids.
+          params: how to generate, for all prompts or one each.
+          **changes: applied to `params`, see `SamplingParams.create`.
+
+        Returns:
+          The answers in the order of the prompts. Each is what its prompt would get alone.
+        """
+        completions: dict[int, request.Completion] = {}
+        for event in self.stream(prompts, params, **changes):
+            assert isinstance(event, request.BlockEvent)
+            if event.completion is not None:
+                completions[event.index] = event.completion
+        return [completions[i] for i in range(len(completions))]
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: request.SamplingParams | Sequence[request.SamplingParams] | None = None,
+        *,
+        denoising: bool = False,
+        **changes: Any,
+    ) -> Iterator[request.Event]:
+        """Generates, and yields every block once it is final.
+
+        Args:
+          prompts: see `generate`.
+          params: see `generate`.
+          denoising: also yield the states a block went through, before the block itself.
+          **changes: see `generate`.
+        """
+        jobs = self._jobs(prompts, params, changes)
+        return self._run(jobs, denoising)
+
+    def _run(self, jobs: list[batching.Job], denoising: bool) -> Iterator[request.Event]:
+        for job in jobs:
+            if not job.params.gen_length:
+                yield _Progress(job, self.tokenizer).finish()
+        for batch in _batches([j for j in jobs if j.params.gen_length], self.max_batch):
+            yield from self._run_batch(batch, denoising)
+
+    def _run_batch(self, jobs: Sequence[batching.Job], denoising: bool) -> Iterator[request.Event]:
+        shapes = batching.shapes_of(
+            jobs,
+            row_multiple=self.mesh.shape["data"] * self.mesh.shape["fsdp"],
+            prefill_chunk_tokens=self.prefill_chunk_tokens,
+        )
+        history_steps = 0
+        if denoising:
+            history_steps = batching.bucket(max(job.history_steps for job in jobs))
+        progress = [_Progress(job, self.tokenizer) for job in jobs]
+        for p in progress:
+            p.prefill_forwards = shapes.num_chunks
+        with jax.set_mesh(self.mesh):
+            rows = batching.rows_of(jobs, shapes.rows, self.rules)
+            mask_id = jnp.int32(jobs[0].params.mask_id)
+            cache = self._prefilled_cache(jobs, shapes)
+        while any(not p.is_finished for p in progress):
+            tokens, start, is_active = _next_blocks(progress, shapes.rows)
+            with jax.set_mesh(self.mesh):
+                put = batching.put_rows((tokens, start, is_active), self.rules)
+                state, goes_on, cache = _decode_block(
+                    self.model, *put, rows, cache, mask_id, history_steps=history_steps
+                )
+                state, goes_on = jax.device_get((state, goes_on))
+            for row, p in enumerate(progress):
+                if p.is_finished:
+                    continue
+                if not state.is_finite[row]:
+                    raise FloatingPointError(
+                        f"prompt {p.job.index}: the model's logits are not finite; check the "
+                        "checkpoint with `llada-convert verify`, or try dtype float32"
+                    )
+                if denoising:
+                    yield from p.denoising_events(state.history[:, row], state, row)
+                yield p.advance(state, row, bool(goes_on[row]))
+
+    def _prefilled_cache(
+        self, jobs: Sequence[batching.Job], shapes: batching.Shapes
+    ) -> kv_cache.KVCache:
+        cache = kv_cache.init_cache(
+            self.config,
+            self.rules,
+            batch=shapes.rows,
+            capacity_tokens=shapes.capacity_tokens,
+            dtype=self.model.embed.kernel[...].dtype,
+        )
+        chunk, block_length = shapes.chunk_tokens, jobs[0].block_length
+        # Positions past a row's own whole blocks hold zeros here. What is cached for them is never
+        # seen by that row, and its own blocks overwrite it.
+        prompts = np.zeros((shapes.rows, shapes.num_chunks * chunk), np.int32)
+        for row, job in enumerate(jobs):
+            prompts[row, : job.first_block_start] = job.prompt[: job.first_block_start]
+        for first in range(0, prompts.shape[1], chunk):
+            start = np.full((shapes.rows,), first, np.int32)
+            put = batching.put_rows((prompts[:, first : first + chunk], start), self.rules)
+            cache = _prefill(self.model, *put, cache, block_length=block_length)
+        return cache
+
+    def logits(
+        self,
+        tokens: Sequence[Sequence[int]] | np.ndarray,
+        attention: str | np.ndarray = "block_causal",
+        positions: np.ndarray | None = None,
+        *,
+        block_length: int | None = None,
+    ) -> np.ndarray:
+        """Logits of one forward pass over whole texts, without a cache.
+
+        Args:
+          tokens: token ids [batch, length] (a single text may leave out the batch).
+          attention: "block_causal", "full", or a boolean array that broadcasts to [batch, length,
+            length] ([batch, 1, length, length] is taken too), True where a query may attend.
+          positions: position of each token [batch, length] or [length]; by default 0, 1, 2, ...
+          block_length: for "block_causal"; by default the model's block size.
+
+        Returns:
+          float32 [batch, length, vocabulary].
+        """
+        ids = np.asarray(tokens)
+        if ids.ndim == 1:
+            ids = ids[None]
+        if ids.ndim != 2 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(
+                f"tokens: shape {ids.shape} of {ids.dtype}; integer ids [batch, length] are needed"
+            )
+        _check_ids("tokens", ids, self.config.vocab_size)
+        batch, length = ids.shape
+        if positions is None:
+            positions = np.arange(length)
+        positions = np.broadcast_to(np.asarray(positions, np.int32), (batch, length))
+        if isinstance(attention, str):
+            if attention not in ("block_causal", "full"):
+                raise ValueError(
+                    f"attention: {attention!r} is not 'block_causal', 'full' or a boolean array"
+                )
+            allowed = np.ones((batch, length, length), bool)
+            if attention == "block_causal":
+                block = block_length or self.config.block_size
+                allowed = np.asarray(masks.block_causal(positions, positions, block))
+        else:
+            allowed = np.asarray(attention)
+            if allowed.dtype != bool:
+                raise ValueError(
+                    f"attention: dtype {allowed.dtype}; a boolean array is needed, True where a "
+                    "query may attend"
+                )
+            if allowed.ndim == 4 and allowed.shape[1] == 1:
+                allowed = allowed[:, 0]
+            allowed = np.broadcast_to(allowed, (batch, length, length))
+        rows = batching.bucket(batch, self.mesh.shape["data"] * self.mesh.shape["fsdp"])
+        size = batching.bucket(length, 8)
+
+        def padded(x: np.ndarray, *shape: int) -> np.ndarray:
+            out = np.zeros(shape, x.dtype)
+            out[tuple(slice(0, n) for n in x.shape)] = x
+            return out
+
+        with jax.set_mesh(self.mesh):
+            arrays = (
+                padded(ids.astype(np.int32), rows, size),
+                padded(positions, rows, size),
+                padded(allowed, rows, size, size),
+            )
+            out = _logits(self.model, *batching.put_rows(arrays, self.rules))
+            return np.asarray(out)[:batch, :length]
+
+    @staticmethod
+    def num_compilations() -> int:
+        """Programs compiled by this process for prefill, decoding and logits together."""
+        return sum(f._cache_size() for f in (_prefill, _decode_block, _logits))
+
+    def _jobs(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: request.SamplingParams | Sequence[request.SamplingParams] | None,
+        changes: Mapping[str, Any],
+    ) -> list[batching.Job]:
+        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer)):
+            prompts = [prompts]
+        if params is None or isinstance(params, request.SamplingParams):
+            params = [params or request.SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise ValueError(f"params: {len(params)} given for {len(prompts)} prompts")
+        jobs = []
+        for index, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
+            ids = self._encode(prompt, index)
+            p = request.SamplingParams.create(p, **changes).resolve(self.config)
+            job = batching.Job(index, ids, p)
+            if job.canvas_length > self.config.max_position_embeddings:
+                raise ValueError(
+                    f"prompt {index}: {len(ids)} tokens and gen_length {p.gen_length} need "
+                    f"{job.canvas_length} positions; the model has "
+                    f"max_position_embeddings {self.config.max_position_embeddings}"
+                )
+            jobs.append(job)
+        return jobs
+
+    def _encode(self, prompt: Prompt, index: int) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError(
+                    f"prompt {index} is text and the model directory has no tokenizer; add "
+                    "tokenizer.json or a SentencePiece .model file to it, or pass token ids"
+                )
+            ids = np.asarray(self.tokenizer.encode(prompt), np.int64)
+        else:
+            ids = np.asarray(prompt)
+        if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"prompt {index}: at least one token is needed, as whole numbers")
+        _check_ids(f"prompt {index}", ids, self.config.vocab_size)
+        return tuple(int(i) for i in ids)
+
+
+class _Progress:
+    """How far one request has come."""
+
+    def __init__(self, job: batching.Job, tokenizer: tokenizers.Tokenizer | None):
+        self.job, self.tokenizer = job, tokenizer
+        self.start = job.first_block_start
+        self.answer: list[int] = []
+        self.is_finished = False
+        self.has_ended = False
+        self.prefill_forwards = 0
+        self.commit_forwards = 0
+        self.steps: list[int] = []
+        self.edits = 0
+        self.sent_characters = 0
+
+    def next_block(self) -> list[int]:
+        """The block to denoise: what is left of the prompt, then masks."""
+        left = list(self.job.prompt[self.start : self.start + self.job.block_length])
+        assert self.job.params.mask_id is not None
+        return left + [self.job.params.mask_id] * (self.job.block_length - len(left))
+
+    def advance(self, state: sampler.DenoiseState, row: int, goes_on: bool) -> request.BlockEvent:
+        """Takes over the block's result."""
+        block = self.start // self.job.block_length
+        first = max(len(self.job.prompt) - self.start, 0)
+        last = min(self.job.end - self.start, self.job.block_length)
+        added = [int(t) for t in state.tokens[row][first:last]]
+        if self.has_ended:
+            added = []  # Blocks after the end are generated only to count as the reference does.
+        for place, token in enumerate(added):
+            if token in (self.job.params.eos_ids or ()):
+                added = added[: place + 1]
+                self.has_ended = True
+                break
+        self.answer += added
+        self.steps.append(int(state.forwards[row]))
+        self.edits += int(state.edits[row])
+        self.start += self.job.block_length
+        self.commit_forwards += goes_on
+        self.is_finished = not goes_on
+        text = self._new_text()
+        return request.BlockEvent(
+            index=self.job.index,
+            block=block,
+            token_ids=tuple(added),
+            text=text,
+            completion=self._completion() if self.is_finished else None,
+        )
+
+    def finish(self) -> request.BlockEvent:
+        """The event of a request that asks for nothing."""
+        self.is_finished = True
+        return request.BlockEvent(
+            index=self.job.index,
+            block=self.start // self.job.block_length,
+            token_ids=(),
+            text=self._new_text(),
+            completion=self._completion(),
+        )
+
+    def denoising_events(
+        self, history: np.ndarray, state: sampler.DenoiseState, row: int
+    ) -> Iterator[request.DenoisingEvent]:
+        """The states before each step, then the final one."""
+        steps = int(state.forwards[row])
+        for step, tokens in enumerate([*history[:steps], state.tokens[row]]):
+            yield request.DenoisingEvent(
+                index=self.job.index,
+                block=self.start // self.job.block_length,
+                step=step,
+                token_ids=tuple(int(t) for t in tokens),
+            )
+
+    def _text(self) -> str | None:
+        return None if self.tokenizer is None else self.tokenizer.decode(self.answer)
+
+    def _new_text(self) -> str | None:
+        text = self._text()
+        if text is None:
+            return None
+        if not self.is_finished:
+            # Bytes of an unfinished character decode to replacement characters at the end.
+            text = text.rstrip("\N{REPLACEMENT CHARACTER}")
+        new, self.sent_characters = text[self.sent_characters :], len(text)
+        return new
+
+    def _completion(self) -> request.Completion:
+        return request.Completion(
+            prompt_token_ids=self.job.prompt,
+            token_ids=tuple(self.answer),
+            text=self._text(),
+            finish_reason="stop" if self.has_ended else "length",
+            stats=request.RequestStats(
+                forwards=sum(self.steps),
+                prefill_forwards=self.prefill_forwards,
+                commit_forwards=self.commit_forwards,
+                steps_per_block=tuple(self.steps),
+                edits=self.edits,
+                generated_tokens=len(self.answer),
+            ),
+        )
+
+
+def _next_blocks(
+    progress: Sequence[_Progress], num_rows: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens [B, T], starts [B] and activity [B] of the next round; finished rows are idle."""
+    block_length = progress[0].job.block_length
+    tokens = np.zeros((num_rows, block_length), np.int32)
+    start = np.zeros((num_rows,), np.int32)
+    is_active = np.zeros((num_rows,), bool)
+    for row, p in enumerate(progress):
+        if not p.is_finished:
+            tokens[row], start[row], is_active[row] = p.next_block(), p.start, True
+    return tokens, start, is_active
+
+
+def _batches(jobs: Sequence[batching.Job], max_batch: int) -> Iterator[list[batching.Job]]:
+    """Jobs that can share a program, at most `max_batch` together, in order."""
+    groups: dict[tuple, list[batching.Job]] = {}
+    for job in jobs:
+        groups.setdefault(job.group, []).append(job)
+    for group in groups.values():
+        for first in range(0, len(group), max_batch):
+            yield group[first : first + max_batch]
+
+
+def _check_ids(name: str, ids: np.ndarray, vocab_size: int) -> None:
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        bad = int(ids.min() if ids.min() < 0 else ids.max())
+        raise ValueError(f"{name}: {bad} is no token id below vocab_size {vocab_size}")
+
+
+def _with_tokenizer_ids(
+    cfg: config.ModelConfig, tokenizer: tokenizers.Tokenizer
+) -> config.ModelConfig:
+    """Fills in the mask's and end tokens' ids where only the tokenizer knows them, and checks."""
+    found = tokenizers.resolve_special_ids(tokenizer)
+    changes: dict[str, Any] = {}
+    if cfg.mask_token_id is None and found.mask is not None:
+        changes["mask_token_id"] = found.mask
+    if not cfg.eos_token_ids and found.eos:
+        changes["eos_token_ids"] = tuple(found.eos)
+    if changes:
+        logging.info("from the tokenizer: %s", changes)
+        cfg = cfg.replace(**changes)
+    tokenizers.check_special_tokens(
+        tokenizer,
+        vocab_size=cfg.vocab_size,
+        mask_token_id=cfg.mask_token_id,
+        eos_token_ids=cfg.eos_token_ids,
+        pad_token_id=cfg.pad_token_id,
+    )
+    return cfg

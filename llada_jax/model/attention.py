@@ -1,0 +1,77 @@
+"""Attention layer: grouped queries, RMS-normed queries and keys, partial rotation."""
+
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from llada_jax import config, sharding
+from llada_jax.model import cache as kv_cache
+from llada_jax.model import layers
+from llada_jax.ops import attention as attention_ops
+from llada_jax.ops import norm_rope
+
+
+class Attention(nnx.Module):
+    """Projections, QK-norm, rotation and attention of one layer."""
+
+    def __init__(
+        self,
+        cfg: config.ModelConfig,
+        rules: sharding.AxisRules,
+        *,
+        stack: tuple[int, ...],
+        rngs: nnx.Rngs,
+    ):
+        embed, head_dim = cfg.hidden_size, cfg.head_dim
+
+        def project(num_heads: int, heads_axis: str) -> layers.Linear:
+            return layers.Linear(
+                (embed, num_heads, head_dim),
+                ("embed", heads_axis, "head_dim"),
+                cfg,
+                rules,
+                use_bias=cfg.use_qkv_bias,
+                stack=stack,
+                rngs=rngs,
+            )
+
+        self.q_proj = project(cfg.num_attention_heads, "heads")
+        self.k_proj = project(cfg.num_key_value_heads, "kv_heads")
+        self.v_proj = project(cfg.num_key_value_heads, "kv_heads")
+        self.o_proj = layers.Linear(
+            (cfg.num_attention_heads, head_dim, embed),
+            ("heads", "head_dim", "embed"),
+            cfg,
+            rules,
+            num_in=2,
+            use_bias=cfg.use_bias,
+            stack=stack,
+            rngs=rngs,
+        )
+
+        def norm() -> layers.RMSNorm | None:
+            return layers.RMSNorm(head_dim, cfg, rules, stack=stack) if cfg.use_qk_norm else None
+
+        self.q_norm, self.k_norm = norm(), norm()
+        self.rules = rules
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rope: tuple[Float[Array, "B T R"], Float[Array, "B T R"]],
+        mask: Bool[Array, "#B T T"],
+        cache: kv_cache.KVCache | None,
+    ) -> tuple[Float[Array, "B T D"], kv_cache.BlockKV]:
+        """Attends to the same positions and, where given, to one layer's slice of the cache."""
+        query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = norm_rope.apply_rope(query, *rope), norm_rope.apply_rope(key, *rope)
+        cached = {}
+        if cache is not None:
+            cached = {
+                "cache_key": cache.key,
+                "cache_value": cache.value,
+                "cache_length": cache.length,
+            }
+        out = attention_ops.attention(query, key, value, mask, rules=self.rules, **cached)
+        return self.o_proj(out), kv_cache.BlockKV(key=key, value=value)

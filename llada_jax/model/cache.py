@@ -1,0 +1,101 @@
+"""The block-causal key-value cache: keys and values of finished blocks, per row and layer.
+
+Dimension letters: `C` capacity in tokens.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from llada_jax import config, sharding
+
+
+@struct.dataclass
+class BlockKV:
+    """Rotated keys, and values, of the positions of one forward pass.
+
+    Attributes:
+      key: [L, B, T, K, H], or one layer's [B, T, K, H].
+      value: as `key`.
+    """
+
+    key: Float[Array, "*L B T K H"]
+    value: Float[Array, "*L B T K H"]
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of every layer's finished positions.
+
+    Attributes:
+      key: [L, B, C, K, H], or one layer's [B, C, K, H].
+      value: as `key`.
+      length: [B], entries of each row that count, in tokens.
+    """
+
+    key: Float[Array, "*L B C K H"]
+    value: Float[Array, "*L B C K H"]
+    length: Int[Array, "B"]
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Positions that a row can hold."""
+        return self.key.shape[-3]
+
+
+def init_cache(
+    cfg: config.ModelConfig,
+    rules: sharding.AxisRules,
+    *,
+    batch: int,
+    capacity_tokens: int,
+    dtype: jax.typing.DTypeLike,
+) -> KVCache:
+    """An empty cache, laid out by the rules on the current mesh."""
+    spec = rules.spec("layers", "batch", "length", "kv_heads", "head_dim")
+    shape = (
+        cfg.num_hidden_layers,
+        batch,
+        capacity_tokens,
+        cfg.num_key_value_heads,
+        cfg.head_dim,
+    )
+    return KVCache(
+        key=jnp.zeros(shape, dtype, out_sharding=spec),
+        value=jnp.zeros(shape, dtype, out_sharding=spec),
+        length=jnp.zeros((batch,), jnp.int32, out_sharding=rules.spec("batch")),
+    )
+
+
+def write(
+    cache: KVCache,
+    block: BlockKV,
+    start: Int[Array, "B"],
+    length: Int[Array, "B"],
+    rules: sharding.AxisRules,
+) -> KVCache:
+    """Writes T positions of every layer at each row's `start` and sets the rows' lengths.
+
+    Args:
+      cache: the cache, whose buffers are reused where the caller donates them.
+      block: keys and values of T positions.
+      start: first position of each row; start + T must not exceed the capacity.
+      length: the rows' new lengths.
+      rules: how the cache is split over the mesh.
+    """
+    spec = rules.spec("layers", "batch", "length", "kv_heads", "head_dim")
+    row_spec = rules.spec("batch")
+
+    def local(cached, new, start):
+        def one_row(cached_row, new_row, first):
+            return jax.lax.dynamic_update_slice_in_dim(cached_row, new_row, first, axis=1)
+
+        return jax.vmap(one_row, in_axes=(1, 1, 0), out_axes=1)(cached, new, start)
+
+    update = jax.shard_map(local, in_specs=(spec, spec, row_spec), out_specs=spec, check_vma=False)
+    return KVCache(
+        key=update(cache.key, block.key.astype(cache.key.dtype), start),
+        value=update(cache.value, block.value.astype(cache.value.dtype), start),
+        length=length,
+    )

@@ -1,0 +1,134 @@
+"""Parameters bound to logical axes, and the layers that are a single product of them.
+
+Every module takes `stack`, the leading shape that equal layers add to each of its parameters, and
+is applied to one layer's slice.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from llada_jax import config, sharding
+from llada_jax.ops import norm_rope
+
+
+class ExpertBias(nnx.Variable):
+    """The router's per-expert selection bias: saved and balanced, never trained by gradient."""
+
+
+def normal(
+    rngs: nnx.Rngs,
+    shape: Sequence[int],
+    axes: Sequence[str | None],
+    cfg: config.ModelConfig,
+    rules: sharding.AxisRules,
+) -> nnx.Param:
+    """A parameter drawn from N(0, initializer_range^2)."""
+    values = jax.random.normal(
+        rngs.params(), tuple(shape), jnp.dtype(cfg.dtype), out_sharding=rules.spec(*axes)
+    )
+    return nnx.Param(values * jnp.asarray(cfg.initializer_range, values.dtype))
+
+
+def constant(
+    value: float,
+    shape: Sequence[int],
+    axes: Sequence[str | None],
+    dtype: jax.typing.DTypeLike,
+    rules: sharding.AxisRules,
+) -> Array:
+    """An array of one value, laid out by the rules."""
+    return jnp.full(tuple(shape), value, dtype, out_sharding=rules.spec(*axes))
+
+
+def stack_axes(stack: tuple[int, ...]) -> tuple[str, ...]:
+    """Logical axes of the leading dimensions that stacking adds."""
+    return ("layers",) * len(stack)
+
+
+class RMSNorm(nnx.Module):
+    """RMS norm over the last dimension, with a learned scale."""
+
+    def __init__(
+        self,
+        size: int,
+        cfg: config.ModelConfig,
+        rules: sharding.AxisRules,
+        *,
+        stack: tuple[int, ...] = (),
+    ):
+        axes = (*stack_axes(stack), None)
+        self.scale = nnx.Param(constant(1.0, (*stack, size), axes, cfg.dtype, rules))
+        self.epsilon = cfg.rms_norm_eps
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return norm_rope.rms_norm(x, self.scale[...], self.epsilon)
+
+
+class Linear(nnx.Module):
+    """A product over the leading `num_in` dimensions of a kernel, and a bias where asked for.
+
+    The kernel's shape is the input's contracted dimensions, then the output's dimensions.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        axes: Sequence[str | None],
+        cfg: config.ModelConfig,
+        rules: sharding.AxisRules,
+        *,
+        num_in: int = 1,
+        use_bias: bool = False,
+        stack: tuple[int, ...] = (),
+        rngs: nnx.Rngs,
+    ):
+        leading = stack_axes(stack)
+        self.kernel = normal(rngs, (*stack, *shape), (*leading, *axes), cfg, rules)
+        bias = None
+        if use_bias:
+            bias_axes = (*leading, *axes[num_in:])
+            bias = nnx.Param(constant(0.0, (*stack, *shape[num_in:]), bias_axes, cfg.dtype, rules))
+        self.bias = bias
+        self.num_in = num_in
+        self.compute_spec = rules.spec(*(None if a == "embed" else a for a in axes))
+        self.out_spec = rules.spec(
+            "batch", None, *(None if a == "embed" else a for a in axes[num_in:])
+        )
+
+    def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
+        # A kernel shared over `embed` ranks is gathered here; elsewhere this is the identity.
+        kernel = jax.reshard(self.kernel[...], self.compute_spec)
+        contracted = tuple(range(x.ndim - self.num_in, x.ndim))
+        out = jax.lax.dot_general(
+            x,
+            kernel,
+            ((contracted, tuple(range(self.num_in))), ((), ())),
+            out_sharding=self.out_spec,
+        )
+        return out if self.bias is None else out + self.bias[...].astype(out.dtype)
+
+
+class Embed(nnx.Module):
+    """The table [V, D] that turns token ids into vectors, and vectors into logits."""
+
+    def __init__(self, cfg: config.ModelConfig, rules: sharding.AxisRules, *, rngs: nnx.Rngs):
+        self.kernel = normal(
+            rngs, (cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"), cfg, rules
+        )
+        self.compute_spec = rules.spec("vocab", None)
+        self.activation_spec = rules.spec("batch", None, None)
+        self.logits_spec = rules.spec("batch", None, "vocab")
+
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        table = jax.reshard(self.kernel[...], self.compute_spec)
+        return table.at[tokens].get(out_sharding=self.activation_spec)
+
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Scores of every vocabulary entry: computed in the dtype of `x`, returned as float32."""
+        table = jax.reshard(self.kernel[...], self.compute_spec)
+        out = jnp.einsum("btd,vd->btv", x, table, out_sharding=self.logits_spec)
+        return out.astype(jnp.float32)

@@ -1,0 +1,38 @@
+"""Eight CPU devices for every test, and the way to the golden data.
+
+A helper is imported as `from tests.conftest import load_manifest`.
+"""
+
+import json
+import os
+import pathlib
+import sys
+from typing import Any
+
+import pytest
+
+if "jax" in sys.modules:
+    raise RuntimeError("jax was imported before tests/conftest.py could set its devices")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def load_manifest() -> dict[str, dict[str, Any]]:
+    """Returns the entries of the golden manifest by file name, as in "llada2/fwd_full_f32.npz".
+
+    The name of a model ends in a slash, as in "llada2_tiny_f32/".
+    """
+    manifest = json.loads((GOLDEN / "manifest.json").read_text())
+    return {entry["file"]: entry for entry in manifest["entries"]}
+
+
+@pytest.fixture(scope="session")
+def golden() -> pathlib.Path:
+    """The folder of the golden data; a test that reads it fails where it is missing."""
+    if not (GOLDEN / "manifest.json").is_file():
+        pytest.fail(f"{GOLDEN} holds no manifest.json; is this a whole checkout?")
+    return GOLDEN

@@ -1,0 +1,59 @@
+"""The wheel holds both packages, their type markers and the console scripts."""
+
+import configparser
+import pathlib
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# Where each package lives in the checkout.
+PACKAGES = {"llada_jax": ROOT, "llada_convert": ROOT / "convert"}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> pathlib.Path:
+    """A wheel built from a copy, so that the checkout keeps no build files."""
+    source = tmp_path_factory.mktemp("source")
+    out = tmp_path_factory.mktemp("dist")
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, source)
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    shutil.copytree(ROOT / "llada_jax", source / "llada_jax", ignore=ignore)
+    shutil.copytree(ROOT / "convert", source / "convert", ignore=ignore)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out)]
+    build = subprocess.run([*command, str(source)], capture_output=True, text=True, check=False)
+    assert build.returncode == 0, build.stdout + build.stderr
+    (path,) = out.glob("*.whl")
+    return path
+
+
+def test_wheel_holds_every_module(wheel):
+    expected = {
+        path.relative_to(parent).as_posix()
+        for package, parent in PACKAGES.items()
+        for path in (parent / package).rglob("*.py")
+    }
+    with zipfile.ZipFile(wheel) as archive:
+        found = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert found == expected | {"llada_jax/py.typed", "llada_convert/py.typed"}
+    assert {"llada_jax/__init__.py", "llada_convert/__init__.py"} <= found
+
+
+def test_wheel_metadata(wheel):
+    assert wheel.name == "llada_jax-0.1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/entry_points.txt"))
+        entry_points = configparser.ConfigParser()
+        entry_points.read_string(archive.read(name).decode())
+        licenses = [n for n in archive.namelist() if n.endswith(".dist-info/licenses/LICENSE")]
+    assert dict(entry_points["console_scripts"]) == {
+        "llada-convert": "llada_convert.cli:main",
+        "llada-generate": "llada_jax.cli.generate:main",
+        "llada-bench": "llada_jax.cli.bench:main",
+    }
+    assert len(licenses) == 1
