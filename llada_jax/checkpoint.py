@@ -59,6 +59,11 @@ class StoredArray(NamedTuple):
     dtype: np.dtype
     chunk_shape: tuple[int, ...]
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole array."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 def load_config(directory: PathLike) -> config.ModelConfig:
     """The architecture in a directory's config.json, published or ours.
@@ -117,8 +122,11 @@ def load_model(
     stored = stored_arrays(directory)
     model = transformer.abstract_model(cfg, rules, grouped_matmul=grouped_matmul)
     abstract = nnx.to_pure_dict(nnx.state(model))
-    check_tree(directory, abstract, stored)
-    _check_chunks(directory / PARAMS_FOLDER, stored)
+    flat = jax.tree_util.tree_leaves_with_path(abstract)
+    problems = tree_problems({dotted(path): leaf.shape for path, leaf in flat}, stored)
+    problems += chunk_problems(directory / PARAMS_FOLDER, stored)
+    if problems:
+        raise ValueError("\n  ".join((f"{directory}: damaged, or of another config", *problems)))
 
     def as_stored(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         name = dotted(path)
@@ -263,45 +271,40 @@ def stored_arrays(directory: pathlib.Path) -> dict[str, StoredArray]:
         raise ValueError(f"{params}: cannot be read as an Orbax checkpoint: {error}") from error
 
 
-def check_tree(directory: pathlib.Path, abstract: Any, stored: Mapping[str, StoredArray]) -> None:
-    """Raises a ValueError that lists every parameter that differs from the config's."""
-    wanted = {dotted(p): a for p, a in jax.tree_util.tree_flatten_with_path(abstract)[0]}
+def tree_problems(
+    wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredArray]
+) -> list[str]:
+    """A line for every parameter whose presence or shape is not what the config wants."""
     problems = [f"{path}: missing" for path in sorted(wanted.keys() - stored.keys())]
     problems += [f"{path}: unexpected" for path in sorted(stored.keys() - wanted.keys())]
-    problems += [
-        f"{path}: shape {stored[path].shape}, the config wants {wanted[path].shape}"
+    return problems + [
+        f"{path}: shape {stored[path].shape}, config.json wants {wanted[path]}"
         for path in sorted(wanted.keys() & stored.keys())
-        if stored[path].shape != wanted[path].shape
+        if stored[path].shape != wanted[path]
     ]
-    if problems:
-        raise ValueError(
-            "\n  ".join((f"{directory}: parameters and config.json disagree", *problems))
-        )
 
 
-def _check_chunks(params: pathlib.Path, stored: Mapping[str, StoredArray]) -> None:
-    """Finds chunks that are missing or cut short; only uncompressed ones tell by their size."""
+def chunk_problems(params: pathlib.Path, stored: Mapping[str, StoredArray]) -> list[str]:
+    """A line for every chunk file that is missing or cut short.
+
+    Only uncompressed chunks tell by their size, which are what `llada-convert import` writes.
+    """
+    problems: list[str] = []
     if (params / "manifest.ocdbt").exists():
-        return
-    problems = []
+        return problems
     for path, array in stored.items():
         if _read_json(params / path / ".zarray").get("compressor") is not None:
             continue
         num_bytes = math.prod(array.chunk_shape) * array.dtype.itemsize
-        grid = [
-            -(-size // chunk) for size, chunk in zip(array.shape, array.chunk_shape, strict=True)
-        ]
-        for index in np.ndindex(*grid):
+        sizes = zip(array.shape, array.chunk_shape, strict=True)
+        for index in np.ndindex(*(-(-size // chunk) for size, chunk in sizes)):
             name = ".".join(map(str, index))
             chunk = params / path / name
             found = chunk.stat().st_size if chunk.is_file() else None
             if found != num_bytes:
                 size = "missing" if found is None else f"{found} bytes instead of {num_bytes}"
                 problems.append(f"{path}: chunk {name} is {size}")
-    if problems:
-        raise ValueError(
-            "\n  ".join((f"{params}: incomplete; convert or copy it again", *problems))
-        )
+    return problems
 
 
 def dotted(path: Iterable[Any]) -> str:
@@ -331,11 +334,12 @@ def written_beside(target: PathLike, *, overwrite: bool = False) -> Iterator[pat
     for path in (partial, replaced):
         if os.path.lexists(path) and not lock_path.exists():
             raise ValueError(f"{path}: in the way, and not left by us; move it elsewhere")
-    if replaced.exists() and not os.path.lexists(target):
-        replaced.rename(target)  # an overwriting run was killed between its two renames
     _check_target(target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     with _locked(lock_path, target):
+        if replaced.exists() and not os.path.lexists(target):
+            replaced.rename(target)  # an overwriting run was killed between its two renames
+            _check_target(target, overwrite=overwrite)
         shutil.rmtree(replaced, ignore_errors=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -360,6 +364,7 @@ def _locked(lock_path: pathlib.Path, target: pathlib.Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.stat(lock_path)  # gone if its owner has just finished
         except OSError as error:
             raise ValueError(f"{target}: another process is writing it now") from error
         try:

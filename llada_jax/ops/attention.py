@@ -69,7 +69,8 @@ def attention(
     scores = jnp.where(mask[:, None, None], scores_of(key), -jnp.inf)
     maximum = jnp.max(scores, axis=-1, keepdims=True)
     if cache_key is not None:
-        assert cache_value is not None and cache_length is not None
+        assert cache_value is not None
+        assert cache_length is not None
         is_live = jnp.arange(cache_key.shape[1])[None, :] < cache_length[:, None]
         cache_scores = jnp.where(is_live[:, None, None, None], scores_of(cache_key), -jnp.inf)
         maximum = jnp.maximum(maximum, jnp.max(cache_scores, axis=-1, keepdims=True))

@@ -14,7 +14,7 @@ from jax import P
 from jaxtyping import Array, Float, Int
 
 from llada_jax import sharding
-from llada_jax.ops import activations, grouped_matmul
+from llada_jax.ops import grouped_matmul
 
 
 def expert_mlp(
@@ -102,16 +102,17 @@ def _local_expert_mlp(
     sources = sources.at[positions].set(
         jnp.arange(indices.size, dtype=jnp.int32) // num_choices, mode="drop", unique_indices=True
     )
-    matmul = functools.partial(
-        grouped_matmul.grouped_matmul,
-        group_sizes=group_sizes,
+    out = grouped_matmul.grouped_mlp(
+        x,
+        sources,
+        gate_proj,
+        up_proj,
+        down_proj,
+        group_sizes,
         group_offset=group_offset,
         row_alignment=alignment,
         implementation=implementation,
     )
-    rows = x[sources]
-    hidden = activations.swiglu(matmul(rows, gate_proj), matmul(rows, up_proj))
-    out = matmul(hidden, down_proj)
     per_choice = out.at[positions].get(mode="fill", fill_value=0).astype(jnp.float32)
     per_choice = per_choice.reshape(num_tokens, num_choices, -1)
     return jnp.einsum("txd,tx->td", per_choice, jnp.where(is_local, weights, 0.0))

@@ -1,80 +1,115 @@
-"""Matrix products of runs of rows with one matrix each: row i times the matrix of its group.
+"""Experts' MLPs on runs of rows: row i goes through the matrices of its group.
 
-The interface is `lax.ragged_dot`'s, plus a `group_offset` so that the groups may be a slice of a
-longer stack of matrices (all layers' experts) without that slice being copied first.
+A group's matrices are found at `group_offset` in a longer stack (all layers' experts), so that a
+formulation which reads one matrix at a time never copies a layer's share first.
 
-Dimension letters: `M` rows, `I` input width, `O` output width, `G` groups, `A` all matrices.
+Dimension letters: `M` rows, `G` groups, `A` all matrices of the stack.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from llada_jax.ops import activations
+
 IMPLEMENTATIONS = ("ragged_dot", "blocks")
 
 
 def default_implementation(platform: str) -> str:
-    """The fastest formulation measured for a backend ("cpu", "tpu", "gpu"); see BENCHMARKS.md."""
+    """The fastest formulation measured for a backend ("cpu", "tpu", "gpu"); see BENCHMARKS.md.
+
+    On CPUs `lax.ragged_dot` is lowered to a dense computation over all groups.
+    """
     return "blocks" if platform == "cpu" else "ragged_dot"
 
 
 def row_alignment(implementation: str, num_rows: int, num_groups: int) -> int:
     """Rows that every group's size must be a multiple of.
 
-    "blocks" multiplies blocks of this many rows. Small blocks waste little padding, large ones
-    amortise reading the matrix; the choice aims at two blocks per group of average size.
+    "blocks" multiplies blocks of this many rows. A quarter more than the average group lets most
+    groups fit into one block, which reads their matrices once, with little padding.
     """
     if implementation == "ragged_dot":
         return 1
-    average = max(num_rows // max(num_groups, 1), 1)
-    return min(max(1 << (average // 2).bit_length(), 8), 64)
+    average = num_rows / max(num_groups, 1)
+    return min(max(-(-int(1.25 * average) // 8) * 8, 8), 128)
 
 
-def grouped_matmul(
-    x: Float[Array, "M I"],
-    w: Float[Array, "A I O"],
+def grouped_mlp(
+    x: Float[Array, "T D"],
+    sources: Int[Array, "M"],
+    gate_proj: Float[Array, "A D F"],
+    up_proj: Float[Array, "A D F"],
+    down_proj: Float[Array, "A F D"],
     group_sizes: Int[Array, "G"],
     *,
     group_offset: Int[Array, ""] | int = 0,
     row_alignment: int,
     implementation: str,
-) -> Float[Array, "M O"]:
-    """Multiplies consecutive runs of rows by consecutive matrices.
+) -> Float[Array, "M D"]:
+    """down(silu(gate(x)) * up(x)) of consecutive runs of rows, each with its group's matrices.
 
     Args:
-      x: rows, sorted by group; group g owns the next `group_sizes[g]` of them.
-      w: one matrix per group.
-      group_sizes: rows per group, each a multiple of `row_alignment`. Rows beyond their sum
-        belong to no group and their results are unspecified.
-      group_offset: index in `w` of the first group's matrix.
-      row_alignment: see the function of that name; "blocks" needs it.
-      implementation: "ragged_dot" (`lax.ragged_dot`: a grouped kernel on TPUs, a dense computation
-        on CPUs) or "blocks" (a loop over blocks of rows, fast on CPUs, no reverse mode).
+      x: tokens.
+      sources: the token that each row is, sorted by group; group g owns the next `group_sizes[g]`
+        rows.
+      gate_proj: one matrix per group.
+      up_proj: as `gate_proj`.
+      down_proj: the way back.
+      group_sizes: rows per group, each a multiple of `row_alignment`. Rows beyond their sum belong
+        to no group, and their results are unspecified.
+      group_offset: index in the stacks of the first group's matrices.
+      row_alignment: see the function of that name.
+      implementation: "ragged_dot" (`lax.ragged_dot`: a grouped kernel on TPUs) or "blocks" (a loop
+        over blocks of rows, fast on CPUs; it has no reverse mode).
     """
     if implementation == "ragged_dot":
-        num_groups = group_sizes.shape[0]
-        if w.shape[0] != num_groups:
-            w = jax.lax.dynamic_slice_in_dim(w, group_offset, num_groups)
-        return jax.lax.ragged_dot(x, w, group_sizes).astype(x.dtype)
+        return _ragged_dot(x[sources], (gate_proj, up_proj, down_proj), group_sizes, group_offset)
     if implementation == "blocks":
-        return _blocks(x, w, group_sizes, group_offset, row_alignment)
+        matrices = (gate_proj, up_proj, down_proj)
+        return _blocks(x, sources, matrices, group_sizes, group_offset, row_alignment)
     raise ValueError(f"implementation {implementation!r} is not one of {IMPLEMENTATIONS}")
 
 
-def _blocks(
-    x: Array, w: Array, group_sizes: Array, group_offset: Array | int, block_rows: int
+def _ragged_dot(
+    rows: Array,
+    matrices: tuple[Array, Array, Array],
+    group_sizes: Array,
+    group_offset: Array | int,
 ) -> Array:
+    count = group_sizes.shape[0]
+    gate, up, down = (
+        w if w.shape[0] == count else jax.lax.dynamic_slice_in_dim(w, group_offset, count)
+        for w in matrices
+    )
+    hidden = activations.swiglu(
+        jax.lax.ragged_dot(rows, gate, group_sizes), jax.lax.ragged_dot(rows, up, group_sizes)
+    )
+    return jax.lax.ragged_dot(hidden, down, group_sizes)
+
+
+def _blocks(
+    x: Array,
+    sources: Array,
+    matrices: tuple[Array, Array, Array],
+    group_sizes: Array,
+    group_offset: Array | int,
+    block_rows: int,
+) -> Array:
+    num_rows = sources.shape[0]
     ends = jnp.cumsum(group_sizes)
-    starts = jnp.arange(0, x.shape[0], block_rows)
+    starts = jnp.arange(0, num_rows, block_rows)
     groups = jnp.searchsorted(ends, starts, side="right").astype(jnp.int32) + group_offset
 
     def body(i: Array, out: Array) -> Array:
-        rows = jax.lax.dynamic_slice_in_dim(x, i * block_rows, block_rows)
-        matrix = jax.lax.dynamic_index_in_dim(w, groups[i], keepdims=False)
-        product = jnp.dot(rows, matrix, preferred_element_type=jnp.float32).astype(x.dtype)
+        gate, up, down = (
+            jax.lax.dynamic_index_in_dim(w, groups[i], keepdims=False) for w in matrices
+        )
+        rows = x[jax.lax.dynamic_slice_in_dim(sources, i * block_rows, block_rows)]
+        product = jnp.dot(activations.swiglu(jnp.dot(rows, gate), jnp.dot(rows, up)), down)
         return jax.lax.dynamic_update_slice_in_dim(out, product, i * block_rows, 0)
 
     # The trip count is the number of blocks in use, not the worst case.
     return jax.lax.fori_loop(
-        0, ends[-1] // block_rows, body, jnp.zeros((x.shape[0], w.shape[2]), x.dtype)
+        0, ends[-1] // block_rows, body, jnp.zeros((num_rows, x.shape[1]), x.dtype)
     )

@@ -1,4 +1,4 @@
-"""RMS normalisation and partial rotary position embedding (arXiv:2104.09864), as the reference casts them."""
+"""RMS norm and partial rotary position embedding (arXiv:2104.09864), cast as the reference does."""
 
 import math
 

@@ -1,0 +1,67 @@
+"""`llada-bench`: what sampling and the expert layer cost on this machine, with random weights.
+
+    llada-bench generate --prompt-length 64 --gen-length 256 --compare uncached
+    llada-bench experts --tokens 512 32
+
+Every figure is measured in the run that prints it; ratios compare things measured in one run.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llada_jax.cli import bench_experts, bench_generate
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="llada-bench", description="Measures llada_jax on this machine, with random weights."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module, text in (
+        ("generate", bench_generate, "tokens per second, forwards, compile time and memory"),
+        ("experts", bench_experts, "the expert layer against the machine's matrix products"),
+    ):
+        sub = commands.add_parser(
+            name,
+            help=text,
+            description=module.__doc__,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        module.add_arguments(sub)
+        sub.add_argument("--json", metavar="FILE", help="also write the figures there; - is stdout")
+        sub.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    try:
+        figures = args.run(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.json == "-":
+        print(json.dumps(figures))
+    else:
+        print(table(figures))
+        if args.json:
+            with open(args.json, "w") as file:
+                json.dump(figures, file, indent=1)
+    return 0
+
+
+def table(figures: Mapping[str, Any], indent: str = "") -> str:
+    """Figures as aligned lines, nested mappings indented."""
+    lines = []
+    width = max((len(k) for k, v in figures.items() if not isinstance(v, Mapping)), default=0)
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            lines += [f"{indent}{name}", table(value, indent + "  ")]
+        else:
+            shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+            lines.append(f"{indent}{name:<{width}}  {shown}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

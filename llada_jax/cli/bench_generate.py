@@ -1,0 +1,303 @@
+"""Times sampling with the cache and, on the same weights, the way that recomputes everything."""
+
+import argparse
+import resource
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from llada_jax import config, generate, sharding
+from llada_jax.diffusion import masks, unmask
+from llada_jax.model import transformer
+from llada_jax.ops import grouped_matmul
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `llada-bench generate`."""
+    sizes = parser.add_argument_group("model size")
+    sizes.add_argument("--hidden-size", type=int, default=512)
+    sizes.add_argument("--layers", type=int, default=8)
+    sizes.add_argument("--dense-layers", type=int, default=1, help="leading layers without experts")
+    sizes.add_argument("--dense-width", type=int, default=1024)
+    sizes.add_argument("--heads", type=int, default=8)
+    sizes.add_argument("--kv-heads", type=int, default=4)
+    sizes.add_argument("--experts", type=int, default=32)
+    sizes.add_argument("--experts-per-token", type=int, default=4)
+    sizes.add_argument("--expert-width", type=int, default=256)
+    sizes.add_argument("--expert-groups", type=int, default=4, help="half of them are kept")
+    sizes.add_argument("--vocab-size", type=int, default=4096)
+    sizes.add_argument("--dtype", default="float32", choices=config.DTYPES)
+    sizes.add_argument(
+        "--logit-std", type=float, default=8.0, help="spread of the random model's logits"
+    )
+    parser.add_argument("--grouped-matmul", choices=grouped_matmul.IMPLEMENTATIONS)
+    parser.add_argument("--mesh", default="1,1,1,1", help="data,fsdp,expert,tensor")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--prompt-length", type=int, default=64, help="tokens")
+    parser.add_argument("--gen-length", type=int, default=256, help="tokens")
+    parser.add_argument("--block-length", type=int, default=32, help="tokens")
+    parser.add_argument("--strategy", choices=sorted(generate.request.STRATEGIES), default="fixed")
+    parser.add_argument("--threshold", type=float)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs, the median counts")
+    parser.add_argument(
+        "--compare", choices=["uncached"], help="also recompute the whole window at every step"
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures and returns the figures."""
+    cfg = _model_config(args)
+    mesh_config = config.MeshConfig.parse(args.mesh)
+    mesh_config.validate(cfg)
+    mesh = sharding.make_mesh(mesh_config)
+    implementation = args.grouped_matmul or grouped_matmul.default_implementation(
+        mesh.devices.flat[0].platform
+    )
+    with jax.set_mesh(mesh):
+        model = _random_model(cfg, implementation, args.seed, args.logit_std)
+    generator = generate.Generator(model, mesh, max_batch=args.batch)
+    changes = {"threshold": args.threshold, "steps": args.steps}
+    params = generate.SamplingParams.create(
+        strategy=args.strategy,
+        gen_length=args.gen_length,
+        block_length=args.block_length,
+        seed=args.seed,
+        **{name: value for name, value in changes.items() if value is not None},
+    )
+    rng = np.random.default_rng(args.seed)
+    prompts = rng.integers(0, cfg.vocab_size - 8, (args.batch, args.prompt_length)).tolist()
+
+    started = time.perf_counter()
+    answers = generator.generate(prompts, params)
+    first_seconds = time.perf_counter() - started
+    seconds = []
+    for _ in range(args.repeats):
+        started = time.perf_counter()
+        answers = generator.generate(prompts, params)
+        seconds.append(time.perf_counter() - started)
+    cached_seconds = float(np.median(seconds))
+    tokens = sum(a.stats.generated_tokens for a in answers)
+    # Rows of a batch share their forward passes: a block takes as many as its slowest row.
+    blocks = [a.stats.steps_per_block for a in answers]
+    forwards = sum(max(b[i] for b in blocks if i < len(b)) for i in range(max(map(len, blocks))))
+    passes = forwards + answers[0].stats.prefill_forwards
+    passes += max(a.stats.commit_forwards for a in answers)
+    milliseconds = 1e3 * cached_seconds / passes
+    weight_bytes = _bytes_read_per_forward(model)
+    bandwidth = _read_bandwidth()
+    floor = 1e3 * weight_bytes / bandwidth
+    figures: dict[str, Any] = {
+        "device": f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}",
+        "parameters": sum(x.size for x in jax.tree.leaves(nnx.state(model))),
+        "batch": args.batch,
+        "prompt_tokens": args.prompt_length,
+        "generated_tokens": tokens,
+        "grouped_matmul": implementation,
+        "cached": {
+            "tokens_per_second": tokens / cached_seconds,
+            "seconds": cached_seconds,
+            "denoising_forwards": forwards,
+            "all_forwards": passes,
+            "tokens_per_forward": tokens / forwards,
+            "milliseconds_per_forward": milliseconds,
+            "compile_seconds": first_seconds - cached_seconds,
+            "weights_bytes_per_forward": weight_bytes,
+            "weights_read_once_milliseconds": floor,
+            "forward_over_reading_weights_once": milliseconds / floor,
+        },
+        "read_bandwidth_gb_per_second": bandwidth / 1e9,
+        "peak_memory_bytes": _peak_memory_bytes(mesh),
+    }
+    if args.compare:
+        figures |= _compare(model, mesh, prompts, params.resolve(cfg), answers, cached_seconds)
+    return figures
+
+
+def _compare(model, mesh, prompts, params, answers, cached_seconds) -> dict[str, Any]:
+    total = compiled = 0.0
+    forwards = 0
+    is_equal = True
+    with jax.set_mesh(mesh):
+        for prompt, answer in zip(prompts, answers, strict=True):
+            uncached = Uncached(model, params)
+            compiled += uncached.compile(len(prompt))
+            started = time.perf_counter()
+            tokens, steps = uncached.generate(prompt)
+            total += time.perf_counter() - started
+            forwards += steps
+            is_equal &= tokens == list(answer.token_ids)
+    tokens = sum(a.stats.generated_tokens for a in answers)
+    return {
+        "uncached": {
+            "tokens_per_second": tokens / total,
+            "seconds": total,
+            "forwards": forwards,
+            "milliseconds_per_forward": 1e3 * total / forwards,
+            "compile_seconds": compiled,
+        },
+        "identical_tokens": is_equal,
+        "cached_over_uncached_speed": total / cached_seconds,
+    }
+
+
+class Uncached:
+    """The reference's way: one text at a time, its whole window recomputed at every step."""
+
+    def __init__(self, model: transformer.LLaDA2, params: generate.SamplingParams):
+        self.model, self.params = model, params
+        self.block_length = params.block_length or model.cfg.block_size
+        self.step = jax.jit(self._step)
+
+    def _step(self, model, tokens, prompt_length, step, post_steps, strategy, mask_id):
+        positions = jnp.arange(tokens.shape[1])[None]
+        mask = masks.block_causal(positions, positions, self.block_length)
+        hidden, _, _ = model.hidden_states(tokens, positions=positions, mask=mask)
+        logits = model.logits(hidden[:, -self.block_length :])
+        block, start = tokens[:, -self.block_length :], tokens.shape[1] - self.block_length
+        is_masked = block == mask_id
+        sampling = unmask.Sampling(
+            temperature=jnp.zeros(1), top_k=step * 0, top_p=jnp.ones(1), seed=step * 0
+        )
+        candidates, confidence = unmask.draw_candidates(
+            logits, sampling, mask_id=mask_id, block_start=step * 0, step=step
+        )
+        post_steps = post_steps + ~is_masked.any(axis=-1)
+        view = unmask.Step(
+            tokens=block,
+            is_masked=is_masked,
+            is_prompt=positions[:, -self.block_length :] < prompt_length,
+            candidates=candidates,
+            confidence=confidence,
+            step=step,
+            post_steps=post_steps,
+        )
+        block, is_done = strategy(view)
+        return jax.lax.dynamic_update_slice(tokens, block, (0, start)), post_steps, is_done
+
+    def _inputs(self, window: int):
+        zero = jnp.zeros((1,), jnp.int32)
+        return jnp.zeros((1, window), jnp.int32), zero, zero
+
+    def _windows(self, prompt_length: int) -> range:
+        block = self.block_length
+        last = -(-(prompt_length + self.params.gen_length) // block)
+        return range((prompt_length // block + 1) * block, last * block + 1, block)
+
+    def compile(self, prompt_length: int) -> float:
+        """Compiles a program per window; returns the seconds that took."""
+        started = time.perf_counter()
+        for window in self._windows(prompt_length):
+            tokens, zero, _ = self._inputs(window)
+            self._call(tokens, prompt_length, zero, zero)
+        return time.perf_counter() - started
+
+    def _call(self, tokens, prompt_length, step, post_steps):
+        return self.step(
+            self.model,
+            tokens,
+            jnp.int32(prompt_length),
+            step,
+            post_steps,
+            self.params.strategy,
+            jnp.int32(self.params.mask_id),
+        )
+
+    def generate(self, prompt: list[int]) -> tuple[list[int], int]:
+        """The answer's tokens, and the forward passes it took."""
+        canvas, forwards = list(prompt), 0
+        for window in self._windows(len(prompt)):
+            canvas += [self.params.mask_id] * (window - len(canvas))
+            tokens = jnp.asarray([canvas], jnp.int32)
+            _, step, post_steps = self._inputs(window)
+            is_done = False
+            while not is_done:
+                tokens, post_steps, done = self._call(tokens, len(prompt), step, post_steps)
+                step, forwards, is_done = step + 1, forwards + 1, bool(done[0])
+            canvas = np.asarray(tokens)[0].tolist()
+            answer = canvas[len(prompt) : len(prompt) + self.params.gen_length]
+            ends = [i for i, t in enumerate(answer) if t in (self.params.eos_ids or ())]
+            if ends:
+                return answer[: ends[0] + 1], forwards
+        return answer, forwards
+
+
+def _model_config(args: argparse.Namespace) -> config.ModelConfig:
+    positions = -(-(args.prompt_length + args.gen_length) // args.block_length) * args.block_length
+    return config.ModelConfig(
+        vocab_size=args.vocab_size,
+        hidden_size=args.hidden_size,
+        intermediate_size=args.dense_width,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads,
+        head_dim=args.hidden_size // args.heads,
+        rms_norm_eps=1e-6,
+        rope_theta=600000.0,
+        partial_rotary_factor=0.5,
+        max_position_embeddings=positions,
+        pad_token_id=args.vocab_size - 2,
+        mask_token_id=args.vocab_size - 1,
+        # No end token: every run generates the length it was asked for.
+        eos_token_ids=(),
+        num_experts=args.experts,
+        num_experts_per_tok=args.experts_per_token,
+        num_shared_experts=1,
+        moe_intermediate_size=args.expert_width,
+        n_group=args.expert_groups,
+        topk_group=max(args.expert_groups // 2, 1),
+        first_k_dense_replace=args.dense_layers,
+        routed_scaling_factor=2.5,
+        dtype=args.dtype,
+        # Fan-in scaling, so that a random model's layers all matter.
+        initializer_range=args.hidden_size**-0.5,
+    )
+
+
+def _random_model(
+    cfg: config.ModelConfig, implementation: str, seed: int, logit_std: float
+) -> transformer.LLaDA2:
+    @jax.jit
+    def build() -> transformer.LLaDA2:
+        model = transformer.LLaDA2(
+            cfg, sharding.SERVE_RULES, grouped_matmul=implementation, rngs=nnx.Rngs(seed)
+        )
+        head = model.lm_head
+        assert head is not None
+        # After the final norm a row of std 1 / sqrt(D) gives logits of std 1.
+        head.kernel[...] = head.kernel[...] * jnp.asarray(logit_std, cfg.dtype)
+        return model
+
+    return build()
+
+
+def _bytes_read_per_forward(model: transformer.LLaDA2) -> int:
+    """Bytes of every parameter but the embedding, of which a forward pass reads a few rows."""
+    embedding = model.embed.kernel[...].nbytes
+    return sum(x.nbytes for x in jax.tree.leaves(nnx.state(model))) - embedding
+
+
+def _read_bandwidth() -> float:
+    """Bytes per second at which this device reads a large array once, the best of several."""
+    data = jnp.ones((1 << 26,), jnp.float32)
+    total = jax.jit(jnp.max)
+    total(data).block_until_ready()
+    best = float("inf")
+    for _ in range(8):
+        started = time.perf_counter()
+        total(data).block_until_ready()
+        best = min(best, time.perf_counter() - started)
+    return data.nbytes / best
+
+
+def _peak_memory_bytes(mesh: jax.sharding.Mesh) -> int:
+    """The device's own peak where it reports one, else this process's peak resident memory."""
+    stats = mesh.devices.flat[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

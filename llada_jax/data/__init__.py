@@ -1,0 +1,1 @@
+"""Tokenizers and chat templates: text in and out of token ids."""
