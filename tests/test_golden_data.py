@@ -81,7 +81,7 @@ def test_demo_prompts_are_prompts_of_golden_runs(golden):
     lines = (golden / "demo_prompts.jsonl").read_text().splitlines()
     runs = [
         "gen20_b8_s8_t95_p13_f32",
-        "gen21_b8_t70_e50_mp16_p13_f32",
+        "gen21_b16_t30_e20_mp16_p21_f32",
         "gen20_b32_s32_t95_p40_f32",
     ]
     expected = [np.load(golden / "llada2" / f"{run}.npz")["prompt"].tolist() for run in runs]

@@ -12,6 +12,7 @@ from flax import nnx
 
 from llada_jax import config, generate, sharding
 from llada_jax.diffusion import masks, unmask
+from llada_jax.generate import batching
 from llada_jax.model import transformer
 from llada_jax.ops import grouped_matmul
 
@@ -55,6 +56,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     cfg = _model_config(args)
     mesh_config = config.MeshConfig.parse(args.mesh)
     mesh_config.validate(cfg)
+    if args.compare and mesh_config.data * mesh_config.fsdp > 1:
+        raise ValueError("--compare runs one text at a time; choose a mesh with data = fsdp = 1")
     mesh = sharding.make_mesh(mesh_config)
     implementation = args.grouped_matmul or grouped_matmul.default_implementation(
         mesh.devices.flat[0].platform
@@ -159,10 +162,10 @@ class Uncached:
         mask = masks.block_causal(positions, positions, self.block_length)
         hidden, _, _ = model.hidden_states(tokens, positions=positions, mask=mask)
         logits = model.logits(hidden[:, -self.block_length :])
-        block, start = tokens[:, -self.block_length :], tokens.shape[1] - self.block_length
+        block = tokens[:, -self.block_length :]
         is_masked = block == mask_id
         sampling = unmask.Sampling(
-            temperature=jnp.zeros(1), top_k=step * 0, top_p=jnp.ones(1), seed=step * 0
+            temperature=step * 0.0, top_k=step * 0, top_p=step * 0.0 + 1.0, seed=step * 0
         )
         candidates, confidence = unmask.draw_candidates(
             logits, sampling, mask_id=mask_id, block_start=step * 0, step=step
@@ -178,11 +181,11 @@ class Uncached:
             post_steps=post_steps,
         )
         block, is_done = strategy(view)
-        return jax.lax.dynamic_update_slice(tokens, block, (0, start)), post_steps, is_done
+        tokens = jnp.concatenate([tokens[:, : -self.block_length], block], axis=1)
+        return tokens, post_steps, is_done
 
-    def _inputs(self, window: int):
-        zero = jnp.zeros((1,), jnp.int32)
-        return jnp.zeros((1, window), jnp.int32), zero, zero
+    def _put(self, *rows):
+        return batching.put_rows([np.asarray(r, np.int32) for r in rows], self.model.rules)
 
     def _windows(self, prompt_length: int) -> range:
         block = self.block_length
@@ -193,8 +196,8 @@ class Uncached:
         """Compiles a program per window; returns the seconds that took."""
         started = time.perf_counter()
         for window in self._windows(prompt_length):
-            tokens, zero, _ = self._inputs(window)
-            self._call(tokens, prompt_length, zero, zero)
+            tokens, zero = self._put([[0] * window], [0])
+            jax.block_until_ready(self._call(tokens, prompt_length, zero, zero))
         return time.perf_counter() - started
 
     def _call(self, tokens, prompt_length, step, post_steps):
@@ -213,8 +216,7 @@ class Uncached:
         canvas, forwards = list(prompt), 0
         for window in self._windows(len(prompt)):
             canvas += [self.params.mask_id] * (window - len(canvas))
-            tokens = jnp.asarray([canvas], jnp.int32)
-            _, step, post_steps = self._inputs(window)
+            tokens, step, post_steps = self._put([canvas], [0], [0])
             is_done = False
             while not is_done:
                 tokens, post_steps, done = self._call(tokens, len(prompt), step, post_steps)
