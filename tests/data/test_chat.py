@@ -11,8 +11,7 @@ import tokenizers
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from llada_jax.data import chat
-from llada_jax.data import tokenizer as tokenizer_lib
+from llada_jax.data import chat, hf_tokenizer, sentencepiece_tokenizer, template_sandbox
 
 CONTROL = ["<|endoftext|>", "<|mask|>", "<|role_end|>", "<role>", "</role>"]
 CORPUS = ["role system human assistant detailed thinking off mask end a mill by the river"] * 20
@@ -86,7 +85,7 @@ def bpe(tmp_path_factory):
     tokenizer.add_tokens([tokenizers.AddedToken("</think>", normalized=False)])
     file = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
     file.write_text(tokenizer.to_str(), encoding="utf-8")
-    return tokenizer_lib.HuggingFaceTokenizer(file)
+    return hf_tokenizer.HuggingFaceTokenizer(file)
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +104,7 @@ def pieces(tmp_path_factory):
     )
     file = tmp_path_factory.mktemp("pieces") / "tokenizer.model"
     file.write_bytes(model.getvalue())
-    return tokenizer_lib.SentencePieceTokenizer(file)
+    return sentencepiece_tokenizer.SentencePieceTokenizer(file)
 
 
 def control_text(tokenizer, ids):
@@ -266,8 +265,8 @@ LOOPS = "{% for i in range(9999) %}" * 4 + "BODY" + "{% endfor %}" * 4
     ],
 )
 def test_time_is_limited(source, monkeypatch):
-    monkeypatch.setattr(chat, "MAX_SECONDS", 0.05)
-    monkeypatch.setattr(chat, "MAX_WORK", 10**12)
+    monkeypatch.setattr(template_sandbox, "MAX_SECONDS", 0.05)
+    monkeypatch.setattr(template_sandbox, "MAX_WORK", 10**12)
     with pytest.raises(ValueError, match=r"was stopped: it takes over 0.05 seconds"):
         chat.ChatTemplate(source, {}).render([user("Hi")])
 
@@ -440,7 +439,7 @@ def test_control_tokens_of_one_character(tmp_path):
     words.add_special_tokens(["@"])
     file = tmp_path / "tokenizer.json"
     file.write_text(words.to_str())
-    tokenizer = tokenizer_lib.HuggingFaceTokenizer(file)
+    tokenizer = hf_tokenizer.HuggingFaceTokenizer(file)
     template = chat.ChatTemplate("#{{ messages[0].content }}@", {})
     assert chat.encode_chat(tokenizer, template, [user("a")]) == [2, 0, 1]
     with pytest.raises(ValueError, match="no ordinary spelling"):
@@ -458,6 +457,6 @@ def test_tokenizer_without_control_tokens(template, tmp_path):
     characters = tokenizers.Tokenizer(models.BPE(vocab={"H": 0, "i": 1}, merges=[]))
     file = tmp_path / "tokenizer.json"
     file.write_text(characters.to_str())
-    tokenizer = tokenizer_lib.HuggingFaceTokenizer(file)
+    tokenizer = hf_tokenizer.HuggingFaceTokenizer(file)
     source = chat.ChatTemplate("{{ messages[0].content }}", {})
     assert chat.encode_chat(tokenizer, source, [user("Hi")]) == [0, 1]

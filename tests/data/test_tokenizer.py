@@ -11,6 +11,7 @@ import tokenizers
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from llada_jax.data import hf_tokenizer, sentencepiece_tokenizer
 from llada_jax.data import tokenizer as tokenizer_lib
 
 # The words the family's pre-tokenizer cuts a text into.
@@ -79,7 +80,7 @@ def data(family_data):
 @pytest.fixture(scope="session")
 def family(family_data, tmp_path_factory):
     directory = write(tmp_path_factory.mktemp("family"), json.loads(family_data), CONFIG)
-    return tokenizer_lib.HuggingFaceTokenizer(directory)
+    return hf_tokenizer.HuggingFaceTokenizer(directory)
 
 
 @pytest.fixture(scope="session")
@@ -106,7 +107,7 @@ def sentencepiece_model():
 def pieces(sentencepiece_model, tmp_path_factory):
     file = tmp_path_factory.mktemp("pieces") / "tokenizer.model"
     file.write_bytes(sentencepiece_model)
-    return tokenizer_lib.SentencePieceTokenizer(file)
+    return sentencepiece_tokenizer.SentencePieceTokenizer(file)
 
 
 def special_ids(tokenizer):
@@ -173,7 +174,7 @@ def test_parts_lose_the_white_space_that_a_token_swallows(data, tmp_path):
     for token in data["added_tokens"]:
         token["lstrip"] = token["content"] == "<|mask|>"
         token["rstrip"] = token["content"] == "<|role_end|>"
-    tokenizer = tokenizer_lib.HuggingFaceTokenizer(write(tmp_path, data))
+    tokenizer = hf_tokenizer.HuggingFaceTokenizer(write(tmp_path, data))
     whole = tokenizer.encode("a  <|mask|> b <|role_end|>  c", allow_special=True)
     mask, end = tokenizer.token_id("<|mask|>"), tokenizer.token_id("<|role_end|>")
     assert tokenizer.encode_parts(["a  ", mask, " b ", end, "  c"]) == whole
@@ -188,7 +189,7 @@ def test_ordinary_added_tokens_are_found_in_text(family):
 def test_control_form_makes_a_control_token(data, tmp_path):
     for token in data["added_tokens"]:
         token["special"] = False
-    tokenizer = tokenizer_lib.HuggingFaceTokenizer(write(tmp_path, data))
+    tokenizer = hf_tokenizer.HuggingFaceTokenizer(write(tmp_path, data))
     assert set(tokenizer.special_tokens) == set(CONTROL)
     assert special_ids(tokenizer).isdisjoint(tokenizer.encode("".join(CONTROL)))
 
@@ -206,7 +207,7 @@ def test_control_form_makes_a_control_token(data, tmp_path):
 def test_configuration_makes_a_control_token(data, tmp_path, config):
     think = next(t["id"] for t in data["added_tokens"] if t["content"] == "<think>")
     config = json.loads(json.dumps(config).replace("ID", str(think)))
-    tokenizer = tokenizer_lib.HuggingFaceTokenizer(write(tmp_path, data, config))
+    tokenizer = hf_tokenizer.HuggingFaceTokenizer(write(tmp_path, data, config))
     assert tokenizer.special_tokens["<think>"] == think
     assert think not in tokenizer.encode("a<think>b")
     assert tokenizer.encode("a<think>b", allow_special=True)[1] == think
@@ -216,7 +217,7 @@ def test_special_tokens_map_names_tokens(data, tmp_path):
     write(tmp_path, data, {"eos_token": "<|role_end|>", "mask_token": None})
     names = {"eos_token": "<|endoftext|>", "sep_token": {"content": "<think>"}}
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(names))
-    tokenizer = tokenizer_lib.HuggingFaceTokenizer(tmp_path)
+    tokenizer = hf_tokenizer.HuggingFaceTokenizer(tmp_path)
     assert tokenizer.named_tokens == {"eos_token": "<|role_end|>", "sep_token": "<think>"}
 
 
@@ -229,7 +230,7 @@ def test_vocabulary_that_holds_control_text_as_an_entry_is_cut_around(tmp_path):
         )
     )
     unigram.add_special_tokens(["<unk>", "</s>"])
-    tokenizer = tokenizer_lib.HuggingFaceTokenizer(write(tmp_path, json.loads(unigram.to_str())))
+    tokenizer = hf_tokenizer.HuggingFaceTokenizer(write(tmp_path, json.loads(unigram.to_str())))
     assert tokenizer.encode("a</s>b", allow_special=True) == [6, 1, 7]
     assert tokenizer.encode("a</s>b") == [6, 2, 3, 4, 5, 7]
     assert tokenizer.encode("é") == [0]  # unknown is no control token
@@ -238,7 +239,7 @@ def test_vocabulary_that_holds_control_text_as_an_entry_is_cut_around(tmp_path):
 def test_text_without_an_ordinary_spelling_is_refused(tmp_path):
     words = tokenizers.Tokenizer(models.WordLevel({"@": 0, "a": 1, "?": 2}, unk_token="?"))
     words.add_special_tokens(["@"])
-    tokenizer = tokenizer_lib.HuggingFaceTokenizer(write(tmp_path, json.loads(words.to_str())))
+    tokenizer = hf_tokenizer.HuggingFaceTokenizer(write(tmp_path, json.loads(words.to_str())))
     with pytest.raises(ValueError, match=r"no ordinary spelling for \['@'\]"):
         tokenizer.encode("@")
 
@@ -258,7 +259,7 @@ def test_limits_saved_by_a_training_run_are_ignored(data, tmp_path):
         "pad_type_id": 0,
         "pad_token": "!",
     }
-    tokenizer = tokenizer_lib.HuggingFaceTokenizer(write(tmp_path, data))
+    tokenizer = hf_tokenizer.HuggingFaceTokenizer(write(tmp_path, data))
     assert tokenizer.decode(tokenizer.encode("the old mill grinds")) == "the old mill grinds"
 
 
@@ -307,7 +308,7 @@ def test_ids_by_text(request, name):
 def test_tokens_listed_only_in_the_configuration_are_added(data, tmp_path):
     size = 1 + max(token["id"] for token in data["added_tokens"])
     config = {"added_tokens_decoder": {str(size): {"content": "<|split|>", "special": True}}}
-    tokenizer = tokenizer_lib.HuggingFaceTokenizer(write(tmp_path, data, config))
+    tokenizer = hf_tokenizer.HuggingFaceTokenizer(write(tmp_path, data, config))
     assert tokenizer.vocab_size == size + 1
     assert tokenizer.special_tokens["<|split|>"] == size
 
@@ -319,12 +320,12 @@ def test_tokens_listed_only_in_the_configuration_are_added(data, tmp_path):
 def test_ids_that_contradict_the_vocabulary_are_refused(data, tmp_path, token_id, message):
     config = {"added_tokens_decoder": {str(token_id): {"content": "<|split|>"}}}
     with pytest.raises(ValueError, match=message):
-        tokenizer_lib.HuggingFaceTokenizer(write(tmp_path, data, config))
+        hf_tokenizer.HuggingFaceTokenizer(write(tmp_path, data, config))
 
 
 def test_chat_template_sources(data, tmp_path):
     def template(entry):
-        return tokenizer_lib.HuggingFaceTokenizer(
+        return hf_tokenizer.HuggingFaceTokenizer(
             write(tmp_path, data, {"chat_template": entry})
         ).chat_template
 
@@ -342,17 +343,19 @@ def test_chat_template_sources(data, tmp_path):
 def test_load_finds_the_tokenizer(data, tmp_path, sentencepiece_model):
     assert tokenizer_lib.load_tokenizer(tmp_path) is None
     (tmp_path / "first.model").write_bytes(sentencepiece_model)
-    assert isinstance(tokenizer_lib.load_tokenizer(tmp_path), tokenizer_lib.SentencePieceTokenizer)
+    assert isinstance(
+        tokenizer_lib.load_tokenizer(tmp_path), sentencepiece_tokenizer.SentencePieceTokenizer
+    )
     (tmp_path / "second.model").write_bytes(sentencepiece_model)
     with pytest.raises(ValueError, match=r"several tokenizers, \['first.model', 'second.model'\]"):
         tokenizer_lib.load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model)
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "t"}')
     found = tokenizer_lib.load_tokenizer(tmp_path)
-    assert isinstance(found, tokenizer_lib.SentencePieceTokenizer)
+    assert isinstance(found, sentencepiece_tokenizer.SentencePieceTokenizer)
     assert found.chat_template == "t"
     write(tmp_path, data)
-    assert isinstance(tokenizer_lib.load_tokenizer(tmp_path), tokenizer_lib.HuggingFaceTokenizer)
+    assert isinstance(tokenizer_lib.load_tokenizer(tmp_path), hf_tokenizer.HuggingFaceTokenizer)
     with pytest.raises(ValueError, match="no such directory"):
         tokenizer_lib.load_tokenizer(tmp_path / "elsewhere")
 
@@ -379,7 +382,7 @@ def test_broken_files_are_named(tmp_path, name, content, message):
 )
 def test_broken_configuration_is_named(data, tmp_path, config):
     with pytest.raises(ValueError, match=r"tokenizer_config.json: added_tokens_decoder is broken"):
-        tokenizer_lib.HuggingFaceTokenizer(write(tmp_path, data, config))
+        hf_tokenizer.HuggingFaceTokenizer(write(tmp_path, data, config))
 
 
 def test_sentencepiece_cannot_grow_by_configuration(tmp_path, sentencepiece_model):
@@ -407,11 +410,11 @@ def test_special_ids_by_name(family, pieces, data, tmp_path):
         pad=3,
     )
     # Without a configuration the conventional names serve; a wrong name is an error.
-    bare = tokenizer_lib.HuggingFaceTokenizer(write(tmp_path / "bare", data))
+    bare = hf_tokenizer.HuggingFaceTokenizer(write(tmp_path / "bare", data))
     assert tokenizer_lib.resolve_special_ids(bare) == tokenizer_lib.resolve_special_ids(family)
     wrong = write(tmp_path / "wrong", data, {"mask_token": "<|blank|>"})
     with pytest.raises(ValueError, match=r"mask_token is '<\|blank\|>'"):
-        tokenizer_lib.resolve_special_ids(tokenizer_lib.HuggingFaceTokenizer(wrong))
+        tokenizer_lib.resolve_special_ids(hf_tokenizer.HuggingFaceTokenizer(wrong))
 
 
 def config_ids(tokenizer, **changes):
@@ -458,7 +461,7 @@ def test_mask_id_of_a_related_tokenizer_is_caught(data, tmp_path):
     """Ling has the end of a turn where LLaDA2 has its mask."""
     for token in data["added_tokens"]:
         token["content"] = token["content"].replace("<|mask|>", "<|number_end|>")
-    ling = tokenizer_lib.HuggingFaceTokenizer(write(tmp_path / "ling", data))
+    ling = hf_tokenizer.HuggingFaceTokenizer(write(tmp_path / "ling", data))
     ids = config_ids(ling, mask_token_id=ling.token_id("<|role_end|>"))
     with pytest.raises(ValueError, match=r"'<\|role_end\|>'\) is another token"):
         tokenizer_lib.check_special_tokens(ling, **ids)
@@ -471,7 +474,7 @@ def test_mask_id_of_a_related_tokenizer_is_caught(data, tmp_path):
 def test_which_names_may_be_the_mask(data, tmp_path, text, is_mask):
     for token in data["added_tokens"]:
         token["content"] = token["content"].replace("<|mask|>", text)
-    tokenizer = tokenizer_lib.HuggingFaceTokenizer(write(tmp_path, data))
+    tokenizer = hf_tokenizer.HuggingFaceTokenizer(write(tmp_path, data))
     ids = config_ids(tokenizer, mask_token_id=tokenizer.token_id(text))
     if is_mask:
         tokenizer_lib.check_special_tokens(tokenizer, **ids)
