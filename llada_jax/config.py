@@ -186,7 +186,11 @@ class ModelConfig:
     hf_json: str = dataclasses.field(default="{}", repr=False)
 
     def __post_init__(self) -> None:
-        positive = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "block_size", "n_group", "topk_group"]
+        positive = [
+            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+            *("num_attention_heads", "num_key_value_heads", "head_dim"),
+            *("max_position_embeddings", "block_size", "n_group", "topk_group"),
+        ]
         if self.num_moe_layers:
             positive += ["num_experts", "num_experts_per_tok", "moe_intermediate_size"]
         for name in positive:
@@ -374,7 +378,7 @@ class ModelConfig:
 
     def _plain(self, name: str) -> Any:
         value = getattr(self, name)
-        return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+        return dataclasses.asdict(value) if isinstance(value, RopeScaling) else value
 
     @classmethod
     def preset(cls, name: str) -> Self:
@@ -385,7 +389,7 @@ class ModelConfig:
         """
         if name not in PRESETS:
             raise ValueError(f"preset {name!r} is not one of {sorted(PRESETS)}")
-        return cls.from_hf(_HF_CONSTANTS | PRESETS[name])
+        return cls.from_hf({**_HF_CONSTANTS, **PRESETS[name]})
 
 
 def _boolean(config: Mapping[str, Any], key: str) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax import P
@@ -56,13 +57,13 @@ TRAIN_RULES = AxisRules(embed="fsdp")
 
 
 def make_mesh(
-    mesh: config.MeshConfig | None = None, devices: Sequence[jax.Device] | None = None
+    mesh: config.MeshConfig | None = None, devices: Sequence[Any] | None = None
 ) -> jax.sharding.Mesh:
     """A mesh with explicit axes over the first devices.
 
     Args:
       mesh: sizes of the axes; by default one device.
-      devices: devices to take from; by default all of this process group.
+      devices: `jax.Device`s to take from; by default all of this process group.
 
     Raises:
       ValueError: there are fewer devices than the mesh takes.

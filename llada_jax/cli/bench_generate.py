@@ -12,7 +12,7 @@ from flax import nnx
 
 from llada_jax import config, generate, sharding
 from llada_jax.diffusion import masks, unmask
-from llada_jax.generate import batching
+from llada_jax.generate import batching, request
 from llada_jax.model import transformer
 from llada_jax.ops import grouped_matmul
 
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-length", type=int, default=64, help="tokens")
     parser.add_argument("--gen-length", type=int, default=256, help="tokens")
     parser.add_argument("--block-length", type=int, default=32, help="tokens")
-    parser.add_argument("--strategy", choices=sorted(generate.request.STRATEGIES), default="fixed")
+    parser.add_argument("--strategy", choices=sorted(request.STRATEGIES), default="fixed")
     parser.add_argument("--threshold", type=float)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seed", type=int, default=0)

@@ -6,7 +6,7 @@ of one batch may have their own, as arrays [B], in one compiled program.
 
 import dataclasses
 import functools
-from typing import ClassVar, Protocol, TypeVar, dataclass_transform
+from typing import Any, ClassVar, Protocol, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,7 @@ class Strategy(Protocol):
     # Whether a token may change after it was written. If not, a text is final up to its first
     # end token as soon as no mask is left before it.
     revises: ClassVar[bool]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def __call__(self, step: Step) -> tuple[Int[Array, "B T"], Bool[Array, "B"]]:
         """The block after the step, and whether it needs no further one."""
@@ -63,7 +64,8 @@ class Strategy(Protocol):
 def _strategy(cls: type[T]) -> type[T]:
     """A frozen, keyword-only dataclass whose fields are pytree leaves."""
     cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
-    names = [f.name for f in dataclasses.fields(cls)]
+    fields: Any = cls
+    names = [f.name for f in dataclasses.fields(fields)]
     return jax.tree_util.register_dataclass(cls, data_fields=names, meta_fields=[])
 
 
@@ -97,6 +99,7 @@ class FixedSchedule:
         _check_number(self, "threshold", 0, 1)
 
     def __call__(self, step: Step) -> tuple[Int[Array, "B T"], Bool[Array, "B"]]:
+        """The block after the step, and whether it is finished."""
         block_length = step.tokens.shape[1]
         quota = block_length // self.steps + (step.step < block_length % self.steps)
         accepted = accept(step, self.threshold, quota)
@@ -124,6 +127,7 @@ class Threshold:
         _check_number(self, "threshold", 0, 1)
 
     def __call__(self, step: Step) -> tuple[Int[Array, "B T"], Bool[Array, "B"]]:
+        """The block after the step, and whether it is finished."""
         accepted = accept(step, self.threshold, 1)
         tokens = jnp.where(accepted, step.candidates, step.tokens)
         return tokens, ~(step.is_masked & ~accepted).any(axis=-1)
@@ -171,6 +175,7 @@ class JointThreshold:
         return cls(threshold=0.7, editing_threshold=0.5)
 
     def __call__(self, step: Step) -> tuple[Int[Array, "B T"], Bool[Array, "B"]]:
+        """The block after the step, and whether it is finished."""
         accepted = accept(step, self.threshold, self.num_to_transfer)
         edited = (
             ~step.is_masked

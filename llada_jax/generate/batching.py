@@ -5,7 +5,7 @@ the logarithm of what users ask for.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -96,6 +96,16 @@ def shapes_of(jobs: Sequence[Job], *, row_multiple: int, prefill_chunk_tokens: i
     )
 
 
+def batches(jobs: Sequence[Job], max_batch: int) -> Iterator[list[Job]]:
+    """Jobs that can share a program, at most `max_batch` together, in order."""
+    groups: dict[tuple, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(job.group, []).append(job)
+    for group in groups.values():
+        for first in range(0, len(group), max_batch):
+            yield group[first : first + max_batch]
+
+
 def rows_of(jobs: Sequence[Job], num_rows: int, rules: sharding.AxisRules) -> sampler.Rows:
     """The jobs' numbers as arrays on the mesh; unused rows repeat the first job."""
     jobs = [*jobs, *[jobs[0]] * (num_rows - len(jobs))]
@@ -115,20 +125,22 @@ def rows_of(jobs: Sequence[Job], num_rows: int, rules: sharding.AxisRules) -> sa
         dataclasses.replace(p.strategy, **{n: k(getattr(p.strategy, n)) for n, k in kinds.items()})
         for p in params
     ]
-    rows = sampler.Rows(
-        prompt_length=np.asarray([len(job.prompt) for job in jobs], np.int32),
-        end=np.asarray([job.end for job in jobs], np.int32),
-        eos_ids=eos,
-        eos_early_stop=np.asarray([p.eos_early_stop for p in params]),
-        strategy=jax.tree.map(stack, *strategies),
-        sampling=unmask.Sampling(
-            temperature=np.asarray([p.temperature for p in params], np.float32),
-            top_k=np.asarray([p.top_k or 0 for p in params], np.int32),
-            top_p=np.asarray([1.0 if p.top_p is None else p.top_p for p in params], np.float32),
-            seed=np.asarray([p.seed for p in params], np.uint32),
-        ),
+    sampling = {
+        "temperature": np.asarray([p.temperature for p in params], np.float32),
+        "top_k": np.asarray([p.top_k or 0 for p in params], np.int32),
+        "top_p": np.asarray([1.0 if p.top_p is None else p.top_p for p in params], np.float32),
+        "seed": np.asarray([p.seed for p in params], np.uint32),
+    }
+    rows = {
+        "prompt_length": np.asarray([len(job.prompt) for job in jobs], np.int32),
+        "end": np.asarray([job.end for job in jobs], np.int32),
+        "eos_ids": eos,
+        "eos_early_stop": np.asarray([p.eos_early_stop for p in params]),
+        "strategy": jax.tree.map(stack, *strategies),
+    }
+    return sampler.Rows(
+        sampling=unmask.Sampling(**put_rows(sampling, rules)), **put_rows(rows, rules)
     )
-    return put_rows(rows, rules)
 
 
 def put_rows(tree, rules: sharding.AxisRules):

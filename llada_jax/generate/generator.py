@@ -15,6 +15,7 @@ from llada_jax import checkpoint, config, sharding
 from llada_jax.data import tokenizer as tokenizers
 from llada_jax.diffusion import masks, sampler
 from llada_jax.generate import batching, request
+from llada_jax.generate import progress as progress_lib
 from llada_jax.model import cache as kv_cache
 from llada_jax.model import transformer
 from llada_jax.ops import grouped_matmul as grouped_matmul_ops
@@ -82,7 +83,8 @@ class Generator:
     ):
         if max_batch < 1 or prefill_chunk_tokens < 1:
             raise ValueError(
-                f"max_batch {max_batch} and prefill_chunk_tokens {prefill_chunk_tokens} must be >= 1"
+                f"max_batch {max_batch} and prefill_chunk_tokens {prefill_chunk_tokens}: both must "
+                "be >= 1"
             )
         self.model, self.mesh, self.tokenizer = model, mesh, tokenizer
         self.config, self.rules = model.cfg, model.rules
@@ -178,8 +180,8 @@ class Generator:
     def _run(self, jobs: list[batching.Job], denoising: bool) -> Iterator[request.Event]:
         for job in jobs:
             if not job.params.gen_length:
-                yield _Progress(job, self.tokenizer).finish()
-        for batch in _batches([j for j in jobs if j.params.gen_length], self.max_batch):
+                yield progress_lib.Progress(job, self.tokenizer).finish()
+        for batch in batching.batches([j for j in jobs if j.params.gen_length], self.max_batch):
             yield from self._run_batch(batch, denoising)
 
     def _run_batch(self, jobs: Sequence[batching.Job], denoising: bool) -> Iterator[request.Event]:
@@ -191,7 +193,7 @@ class Generator:
         history_steps = 0
         if denoising:
             history_steps = batching.bucket(max(job.history_steps for job in jobs))
-        progress = [_Progress(job, self.tokenizer) for job in jobs]
+        progress = [progress_lib.Progress(job, self.tokenizer) for job in jobs]
         for p in progress:
             p.prefill_forwards = shapes.num_chunks
         with jax.set_mesh(self.mesh):
@@ -199,7 +201,7 @@ class Generator:
             mask_id = jnp.int32(jobs[0].params.mask_id)
             cache = self._prefilled_cache(jobs, shapes)
         while any(not p.is_finished for p in progress):
-            tokens, start, is_active = _next_blocks(progress, shapes.rows)
+            tokens, start, is_active = progress_lib.next_blocks(progress, shapes.rows)
             with jax.set_mesh(self.mesh):
                 put = batching.put_rows((tokens, start, is_active), self.rules)
                 state, goes_on, cache = _decode_block(
@@ -280,7 +282,8 @@ class Generator:
             allowed = np.ones((batch, length, length), bool)
             if attention == "block_causal":
                 block = block_length or self.config.block_size
-                allowed = np.asarray(masks.block_causal(positions, positions, block))
+                places = jnp.asarray(positions)
+                allowed = np.asarray(masks.block_causal(places, places, block))
         else:
             allowed = np.asarray(attention)
             if allowed.dtype != bool:
@@ -311,7 +314,8 @@ class Generator:
     @staticmethod
     def num_compilations() -> int:
         """Programs compiled by this process for prefill, decoding and logits together."""
-        return sum(f._cache_size() for f in (_prefill, _decode_block, _logits))
+        programs: tuple[Any, ...] = (_prefill, _decode_block, _logits)
+        return sum(program._cache_size() for program in programs)
 
     def _jobs(
         self,
@@ -319,14 +323,15 @@ class Generator:
         params: request.SamplingParams | Sequence[request.SamplingParams] | None,
         changes: Mapping[str, Any],
     ) -> list[batching.Job]:
+        several: Sequence[Any] = prompts
         if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer)):
-            prompts = [prompts]
+            several = [prompts]
         if params is None or isinstance(params, request.SamplingParams):
-            params = [params or request.SamplingParams()] * len(prompts)
-        if len(params) != len(prompts):
-            raise ValueError(f"params: {len(params)} given for {len(prompts)} prompts")
+            params = [params or request.SamplingParams()] * len(several)
+        if len(params) != len(several):
+            raise ValueError(f"params: {len(params)} given for {len(several)} prompts")
         jobs = []
-        for index, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
+        for index, (prompt, p) in enumerate(zip(several, params, strict=True)):
             ids = self._encode(prompt, index)
             p = request.SamplingParams.create(p, **changes).resolve(self.config)
             job = batching.Job(index, ids, p)
@@ -334,7 +339,8 @@ class Generator:
                 raise ValueError(
                     f"prompt {index}: {len(ids)} tokens and gen_length {p.gen_length} need "
                     f"{job.canvas_length} positions; the model has "
-                    f"max_position_embeddings {self.config.max_position_embeddings}"
+                    f"max_position_embeddings {self.config.max_position_embeddings}; shorten the "
+                    "prompt or lower gen_length"
                 )
             jobs.append(job)
         return jobs
@@ -353,133 +359,6 @@ class Generator:
             raise ValueError(f"prompt {index}: at least one token is needed, as whole numbers")
         _check_ids(f"prompt {index}", ids, self.config.vocab_size)
         return tuple(int(i) for i in ids)
-
-
-class _Progress:
-    """How far one request has come."""
-
-    def __init__(self, job: batching.Job, tokenizer: tokenizers.Tokenizer | None):
-        self.job, self.tokenizer = job, tokenizer
-        self.start = job.first_block_start
-        self.answer: list[int] = []
-        self.is_finished = False
-        self.has_ended = False
-        self.prefill_forwards = 0
-        self.commit_forwards = 0
-        self.steps: list[int] = []
-        self.edits = 0
-        self.sent_characters = 0
-
-    def next_block(self) -> list[int]:
-        """The block to denoise: what is left of the prompt, then masks."""
-        left = list(self.job.prompt[self.start : self.start + self.job.block_length])
-        assert self.job.params.mask_id is not None
-        return left + [self.job.params.mask_id] * (self.job.block_length - len(left))
-
-    def advance(self, state: sampler.DenoiseState, row: int, goes_on: bool) -> request.BlockEvent:
-        """Takes over the block's result."""
-        block = self.start // self.job.block_length
-        first = max(len(self.job.prompt) - self.start, 0)
-        last = min(self.job.end - self.start, self.job.block_length)
-        added = [int(t) for t in state.tokens[row][first:last]]
-        if self.has_ended:
-            added = []  # Blocks after the end are generated only to count as the reference does.
-        for place, token in enumerate(added):
-            if token in (self.job.params.eos_ids or ()):
-                added = added[: place + 1]
-                self.has_ended = True
-                break
-        self.answer += added
-        self.steps.append(int(state.forwards[row]))
-        self.edits += int(state.edits[row])
-        self.start += self.job.block_length
-        self.commit_forwards += goes_on
-        self.is_finished = not goes_on
-        text = self._new_text()
-        return request.BlockEvent(
-            index=self.job.index,
-            block=block,
-            token_ids=tuple(added),
-            text=text,
-            completion=self._completion() if self.is_finished else None,
-        )
-
-    def finish(self) -> request.BlockEvent:
-        """The event of a request that asks for nothing."""
-        self.is_finished = True
-        return request.BlockEvent(
-            index=self.job.index,
-            block=self.start // self.job.block_length,
-            token_ids=(),
-            text=self._new_text(),
-            completion=self._completion(),
-        )
-
-    def denoising_events(
-        self, history: np.ndarray, state: sampler.DenoiseState, row: int
-    ) -> Iterator[request.DenoisingEvent]:
-        """The states before each step, then the final one."""
-        steps = int(state.forwards[row])
-        for step, tokens in enumerate([*history[:steps], state.tokens[row]]):
-            yield request.DenoisingEvent(
-                index=self.job.index,
-                block=self.start // self.job.block_length,
-                step=step,
-                token_ids=tuple(int(t) for t in tokens),
-            )
-
-    def _text(self) -> str | None:
-        return None if self.tokenizer is None else self.tokenizer.decode(self.answer)
-
-    def _new_text(self) -> str | None:
-        text = self._text()
-        if text is None:
-            return None
-        if not self.is_finished:
-            # Bytes of an unfinished character decode to replacement characters at the end.
-            text = text.rstrip("\N{REPLACEMENT CHARACTER}")
-        new, self.sent_characters = text[self.sent_characters :], len(text)
-        return new
-
-    def _completion(self) -> request.Completion:
-        return request.Completion(
-            prompt_token_ids=self.job.prompt,
-            token_ids=tuple(self.answer),
-            text=self._text(),
-            finish_reason="stop" if self.has_ended else "length",
-            stats=request.RequestStats(
-                forwards=sum(self.steps),
-                prefill_forwards=self.prefill_forwards,
-                commit_forwards=self.commit_forwards,
-                steps_per_block=tuple(self.steps),
-                edits=self.edits,
-                generated_tokens=len(self.answer),
-            ),
-        )
-
-
-def _next_blocks(
-    progress: Sequence[_Progress], num_rows: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens [B, T], starts [B] and activity [B] of the next round; finished rows are idle."""
-    block_length = progress[0].job.block_length
-    tokens = np.zeros((num_rows, block_length), np.int32)
-    start = np.zeros((num_rows,), np.int32)
-    is_active = np.zeros((num_rows,), bool)
-    for row, p in enumerate(progress):
-        if not p.is_finished:
-            tokens[row], start[row], is_active[row] = p.next_block(), p.start, True
-    return tokens, start, is_active
-
-
-def _batches(jobs: Sequence[batching.Job], max_batch: int) -> Iterator[list[batching.Job]]:
-    """Jobs that can share a program, at most `max_batch` together, in order."""
-    groups: dict[tuple, list[batching.Job]] = {}
-    for job in jobs:
-        groups.setdefault(job.group, []).append(job)
-    for group in groups.values():
-        for first in range(0, len(group), max_batch):
-            yield group[first : first + max_batch]
 
 
 def _check_ids(name: str, ids: np.ndarray, vocab_size: int) -> None:
@@ -501,6 +380,8 @@ def _with_tokenizer_ids(
     if changes:
         logging.info("from the tokenizer: %s", changes)
         cfg = cfg.replace(**changes)
+    if cfg.mask_token_id is None:
+        return cfg  # Only the request's own mask_id can tell.
     tokenizers.check_special_tokens(
         tokenizer,
         vocab_size=cfg.vocab_size,

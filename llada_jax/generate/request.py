@@ -65,7 +65,7 @@ class SamplingParams:
             raise ValueError(f"seed: {self.seed} must be between 0 and 2**32 - 1")
 
     @classmethod
-    def create(cls, base: "SamplingParams | None" = None, **changes: Any) -> Self:
+    def create(cls, base: "SamplingParams | None" = None, **changes: Any) -> "SamplingParams":
         """Parameters from the reference's flat arguments.
 
         Arguments of strategies (`steps`, `threshold`, `editing_threshold`, `max_post_steps`,
@@ -93,8 +93,8 @@ class SamplingParams:
         unknown = sorted(set(for_strategy) - known)
         if unknown:
             raise ValueError(
-                f"{unknown[0]}: {type(strategy).__name__} takes {sorted(known)}, and sampling takes "
-                f"{sorted(own)}"
+                f"{unknown[0]}: unknown; {type(strategy).__name__} takes {sorted(known)}, and "
+                f"sampling {sorted(own)}"
             )
         strategy = dataclasses.replace(strategy, **for_strategy)
         for name in ("eos_ids",):

@@ -65,6 +65,7 @@ class RMSNorm(nnx.Module):
         self.epsilon = cfg.rms_norm_eps
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Normalises and scales."""
         return norm_rope.rms_norm(x, self.scale[...], self.epsilon)
 
 
@@ -100,6 +101,7 @@ class Linear(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
+        """Contracts the last `num_in` dimensions of x."""
         # A kernel shared over `embed` ranks is gathered here; elsewhere this is the identity.
         kernel = jax.reshard(self.kernel[...], self.compute_spec)
         contracted = tuple(range(x.ndim - self.num_in, x.ndim))
@@ -124,6 +126,7 @@ class Embed(nnx.Module):
         self.logits_spec = rules.spec("batch", None, "vocab")
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Rows of the table."""
         table = jax.reshard(self.kernel[...], self.compute_spec)
         return table.at[tokens].get(out_sharding=self.activation_spec)
 

@@ -119,6 +119,7 @@ class MLP(nnx.Module):
         self.down_proj = layers.Linear((width, embed), ("mlp", "embed"), cfg, rules, **common)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Applies one layer's matrices."""
         return self.down_proj(activations.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
