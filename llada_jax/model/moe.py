@@ -84,14 +84,16 @@ def select_experts(
       The chosen experts by descending biased score, and their scores without the bias, divided by
       their sum where there are several, times `scaling_factor`.
     """
-    batch, length, num_experts = scores.shape
+    num_experts = scores.shape[-1]
     biased = scores + bias
-    grouped = biased.reshape(batch, length, num_groups, num_experts // num_groups)
+    # Split and stack, not reshape: with one row or one group a reshape is ambiguous about which
+    # dimension keeps the batch's sharding.
+    grouped = jnp.stack(jnp.split(biased, num_groups, axis=-1), axis=-2)
     best_two, _ = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))
     _, groups = jax.lax.top_k(best_two.sum(axis=-1), top_groups)
-    is_kept = (groups[..., None] == jnp.arange(num_groups)).any(axis=-2)
-    masked = jnp.where(is_kept[..., None], grouped, -jnp.inf).reshape(scores.shape)
-    _, indices = jax.lax.top_k(masked, top_experts)
+    group_of_expert = jnp.arange(num_experts) // (num_experts // num_groups)
+    is_kept = (groups[..., None] == group_of_expert).any(axis=-2)
+    _, indices = jax.lax.top_k(jnp.where(is_kept, biased, -jnp.inf), top_experts)
     # A sum over one-hot rows instead of take_along_axis: it needs no gather under any sharding.
     is_chosen = indices[..., None] == jnp.arange(num_experts)
     weights = jnp.sum(jnp.where(is_chosen, scores[..., None, :], 0.0), axis=-1)

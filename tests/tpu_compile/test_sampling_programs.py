@@ -1,4 +1,4 @@
-"""The sampling programs compile for TPU slices, without a TPU: ahead of time, by the real compiler."""
+"""The sampling programs compile for TPU slices, ahead of time, by the real compiler."""
 
 import functools
 import os
