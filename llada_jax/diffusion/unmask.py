@@ -292,11 +292,15 @@ def _draw(
             logits, sampling.temperature, sampling.top_k, sampling.top_p
         )
 
-        def one_row(seed, start, step, ordered):
+        def one_row(seed, start, step):
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), start), step)
-            return jax.random.categorical(key, ordered)
+            return jax.random.gumbel(key, logits.shape[1:])
 
-        choice = jax.vmap(one_row)(sampling.seed, block_start, step, ordered)[..., None]
+        # The noise belongs to the vocabulary entry, not to its place in the order: two nearly
+        # equal logits may change places from one batch shape to the next.
+        noise = jax.vmap(one_row)(sampling.seed, block_start, step)
+        noisy = ordered + jnp.take_along_axis(noise, order, axis=-1)
+        choice = jnp.argmax(noisy, axis=-1, keepdims=True)
         probability = jnp.take_along_axis(jax.nn.softmax(ordered), choice, axis=-1)
         return jnp.take_along_axis(order, choice, axis=-1)[..., 0], probability[..., 0]
 
