@@ -33,6 +33,8 @@ FORMAT_NAME = "llada_jax model"
 FORMAT_VERSION = 1
 DESCRIPTION_FILE = "llada_jax.json"
 PARAMS_FOLDER = "params"
+# Chunks that a reader with little memory can still take one by one.
+_CHUNK_BYTES = 16 * 2**20
 
 # Files that go along with a model. They are data; code and pickles never go along.
 CARRIED_FILES = (
@@ -73,24 +75,25 @@ def load_config(directory: PathLike) -> config.ModelConfig:
     Raises:
       ValueError: a file is missing, is no JSON object, or describes nothing that we support.
     """
-    directory = pathlib.Path(directory)
-    cfg = config.ModelConfig.from_hf(_read_json(directory / "config.json"))
-    path = directory / "generation_config.json"
-    if not path.is_file():
-        return cfg
-    generation = _read_json(path)
-    mask, eos = generation.get("mask_token_id"), generation.get("eos_token_id")
-    if cfg.mask_token_id is None and mask is not None:
-        cfg = cfg.replace(mask_token_id=mask)
-    if not cfg.eos_token_ids and eos is not None:
-        cfg = cfg.replace(eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,))
+    path = pathlib.Path(directory) / "config.json"
+    try:
+        cfg = config.ModelConfig.from_hf(_read_json(path))
+        path = path.with_name("generation_config.json")
+        generation = _read_json(path) if path.is_file() else {}
+        mask, eos = generation.get("mask_token_id"), generation.get("eos_token_id")
+        if cfg.mask_token_id is None and mask is not None:
+            cfg = cfg.replace(mask_token_id=mask)
+        if not cfg.eos_token_ids and eos is not None:
+            cfg = cfg.replace(eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,))
+    except (TypeError, ValueError) as error:  # a value of another type than it should have
+        raise ValueError(f"{path}: {error}") from error
     return cfg
 
 
 def is_model_directory(directory: PathLike) -> bool:
     """Whether this is a complete model directory, by the files that it has."""
     directory = pathlib.Path(directory)
-    return all(
+    return not is_incomplete(directory) and all(
         (directory / name).is_file()
         for name in (DESCRIPTION_FILE, "config.json", f"{PARAMS_FOLDER}/_METADATA")
     )
@@ -179,6 +182,7 @@ def save_model(
     """
     directory = pathlib.Path(directory).absolute()
     tree = nnx.to_pure_dict(nnx.state(model))
+    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
     is_first = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         partial = incomplete_path(directory)
@@ -186,7 +190,7 @@ def save_model(
             stack.enter_context(written_beside(directory, overwrite=overwrite))
         _barrier("save_model: directory made")
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(partial / PARAMS_FOLDER, tree)
+            checkpointer.save(partial / PARAMS_FOLDER, tree, save_args=save_args)
         if is_first:
             cfg = model.cfg.replace(dtype=str(model.embed.kernel[...].dtype))
             dtypes = {dotted(p): str(a.dtype) for p, a in jax.tree_util.tree_leaves_with_path(tree)}
@@ -241,13 +245,13 @@ def check_model_directory(directory: pathlib.Path) -> None:
         return
     if not directory.is_dir():
         raise ValueError(f"{directory}: no such directory")
+    if is_incomplete(directory):
+        raise ValueError(f"{directory}: left by a conversion that did not finish; run it again")
     if any(directory.glob("*.safetensors")) or any(directory.glob("*.safetensors.index.json")):
         raise ValueError(
             f"{directory}: a Hugging Face checkpoint; convert it with `llada-convert import "
             f"{directory} TARGET`, or let llada_jax.generate.Generator read it as it is"
         )
-    if directory.name.endswith(".incomplete"):
-        raise ValueError(f"{directory}: left by a conversion that did not finish; run it again")
     raise ValueError(
         f"{directory}: no model directory: {DESCRIPTION_FILE}, config.json and "
         f"{PARAMS_FOLDER}/_METADATA must all be there"
@@ -317,6 +321,11 @@ def incomplete_path(target: pathlib.Path) -> pathlib.Path:
     return target.with_name(f"{target.name}.incomplete")
 
 
+def is_incomplete(directory: pathlib.Path) -> bool:
+    """Whether a directory was still being written when its writer stopped."""
+    return directory.name.endswith(".incomplete")
+
+
 @contextlib.contextmanager
 def written_beside(target: PathLike, *, overwrite: bool = False) -> Iterator[pathlib.Path]:
     """Yields a directory that takes the target's name once the block ends without an error.
@@ -350,7 +359,7 @@ def written_beside(target: PathLike, *, overwrite: bool = False) -> Iterator[pat
             if target.exists():
                 target.rename(replaced)
             partial.rename(target)
-            _sync_folder(target.parent)
+            _sync_one(target.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             if target.exists():
@@ -379,7 +388,9 @@ def _check_target(target: pathlib.Path, *, overwrite: bool) -> None:
     if not os.path.lexists(target):
         return
     if not overwrite:
-        raise ValueError(f"{target}: already exists; choose another name, or overwrite it")
+        raise ValueError(
+            f"{target}: already exists; choose another name, or overwrite it (--overwrite)"
+        )
     is_checkpoint = (target / "config.json").is_file() and (
         (target / DESCRIPTION_FILE).is_file() or any(target.glob("*.safetensors"))
     )
@@ -391,16 +402,12 @@ def _sync(directory: pathlib.Path) -> None:
     """Brings a directory's files and names to the disk, so that a renamed one is whole."""
     for folder, _, names in os.walk(directory):
         for name in names:
-            descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        _sync_folder(pathlib.Path(folder))
+            _sync_one(os.path.join(folder, name))
+        _sync_one(folder)
 
 
-def _sync_folder(folder: pathlib.Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _sync_one(path: PathLike) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -416,11 +423,11 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ValueError(f"{path}: missing") from error
+        raise ValueError(f"{path.name} is missing in {path.parent}") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: no valid JSON: {error}") from error
+        raise ValueError(f"{path.name} is no valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: no JSON object")
+        raise ValueError(f"{path.name} is no JSON object")
     return value
 
 

@@ -1,0 +1,162 @@
+"""The command line: `llada-convert import|export|verify|inspect|table`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+import jax
+
+from llada_convert import export_hf, import_hf, inspection, mapping, verify
+from llada_jax import config, sharding
+
+_RULES = {"serve": sharding.SERVE_RULES, "train": sharding.TRAIN_RULES}
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Returns:
+      0 when all is well, 1 when `verify` found differences or `inspect` faults, 2 on an error.
+    """
+    args = _parser().parse_args(argv)
+    # Conversion needs shapes and shardings of the model but no accelerator.
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        return args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {_message(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 2
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}"
+    return str(error)
+
+
+def _import(args: argparse.Namespace) -> int:
+    import_hf.import_checkpoint(
+        args.source,
+        args.target,
+        mesh=config.MeshConfig.parse(args.mesh),
+        rules=_RULES[args.rules],
+        dtype=args.dtype,
+        overwrite=args.overwrite,
+        workers=args.workers,
+    )
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    export_hf.export_checkpoint(
+        args.source,
+        args.target,
+        layout=args.layout,
+        max_shard_bytes=args.max_shard_size,
+        dtype=args.dtype,
+        overwrite=args.overwrite,
+        workers=args.workers,
+    )
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    count, differences = verify.compare(args.first, args.second, workers=args.workers)
+    for difference in differences:
+        print(f"{difference.key}: {difference.text}")
+    verdict = f"{len(differences)} differences" if differences else "equal"
+    print(f"{count} parameter arrays compared: {verdict}")
+    return 1 if differences else 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    report = inspection.inspect_checkpoint(args.directory)
+    print(json.dumps(report.as_dict(), indent=2) if args.json else report.text())
+    return 1 if report.problems else 0
+
+
+def _table(args: argparse.Namespace) -> int:
+    del args
+    print(mapping.markdown(), end="")
+    return 0
+
+
+def _size(text: str) -> int:
+    number = text.rstrip("KMGBkmgbi")
+    unit = text[len(number) :].upper()
+    if unit not in _UNITS or not number.replace(".", "", 1).isdigit() or float(number) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it as 5GB, 500MB or 2GiB")
+    return int(float(number) * _UNITS[unit])
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number >= 1")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llada-convert", description="Converts, compares and inspects LLaDA2 checkpoints."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    writing = argparse.ArgumentParser(add_help=False)
+    writing.add_argument("source", help="checkpoint of any layout; which one is detected")
+    writing.add_argument("target", help="directory to write")
+    writing.add_argument(
+        "--dtype",
+        choices=config.DTYPES,
+        help="convert to this dtype, but for the router's bias; by default all stay as stored",
+    )
+    writing.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
+    threads = argparse.ArgumentParser(add_help=False)
+    threads.add_argument("--workers", type=_positive, help="threads; by default two per core")
+
+    command = commands.add_parser(
+        "import", parents=[writing, threads], help="Hugging Face checkpoint to model directory"
+    )
+    command.add_argument(
+        "--mesh",
+        default="1,1,1,1",
+        help="data,fsdp,expert,tensor sizes of the mesh to load on: chunks divide its shards",
+    )
+    command.add_argument(
+        "--rules", choices=_RULES, default="serve", help="how that mesh splits parameters"
+    )
+    command.set_defaults(run=_import)
+
+    command = commands.add_parser(
+        "export", parents=[writing, threads], help="model directory to Hugging Face checkpoint"
+    )
+    command.add_argument("--layout", choices=mapping.LAYOUTS, default="separate")
+    command.add_argument(
+        "--max-shard-size", type=_size, default=export_hf.MAX_SHARD_BYTES, help="default 5GB"
+    )
+    command.set_defaults(run=_export)
+
+    command = commands.add_parser(
+        "verify", parents=[threads], help="compare two checkpoints tensor by tensor"
+    )
+    command.add_argument("first")
+    command.add_argument("second")
+    command.set_defaults(run=_verify)
+
+    command = commands.add_parser("inspect", help="what is in a checkpoint, from headers only")
+    command.add_argument("directory")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=_inspect)
+
+    command = commands.add_parser("table", help="print the table of parameters as Markdown")
+    command.set_defaults(run=_table)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

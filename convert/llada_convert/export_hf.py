@@ -1,0 +1,207 @@
+"""Writes a checkpoint in a Hugging Face layout: safetensors shards, their index, and side files."""
+
+import contextlib
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from llada_convert import (
+    binding,
+    errors,
+    hf_directory,
+    mapping,
+    parallel,
+    progress,
+    readers,
+    regions,
+)
+from llada_convert import safetensors_file as stf
+from llada_jax import checkpoint
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+class Shard(NamedTuple):
+    """A file to write.
+
+    Attributes:
+      name: its name.
+      header: its header.
+    """
+
+    name: str
+    header: stf.Header
+
+
+def export_checkpoint(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    layout: str = "separate",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    workers: int | None = None,
+) -> int:
+    """Converts a checkpoint of any layout to a Hugging Face checkpoint.
+
+    Args:
+      source: a model directory, or a Hugging Face checkpoint.
+      target: the directory to write; it appears when it is complete.
+      layout: "separate", "merged" or "fused" experts.
+      max_shard_bytes: size that a file stays below, unless a single tensor is larger.
+      dtype: dtype to convert to; by default each tensor keeps its own. The router's bias always
+        does.
+      overwrite: whether to replace a checkpoint that is there.
+      workers: threads, each of which holds one region.
+
+    Returns:
+      Bytes of tensors written.
+
+    Raises:
+      ValueError: a fault of the checkpoint or of the arguments, with every tensor concerned.
+      OSError: the disk is full, or may not be written.
+    """
+    if layout not in mapping.LAYOUTS:
+        raise errors.ConversionError(f"layout {layout!r} is not one of {mapping.LAYOUTS}")
+    reader = readers.open_checkpoint(source)
+    try:
+        readers.require_sound(reader, dtype)
+        with checkpoint.written_beside(target, overwrite=overwrite) as partial:
+            total = write_checkpoint(
+                reader,
+                partial,
+                layout=layout,
+                max_shard_bytes=max_shard_bytes,
+                dtype=dtype,
+                workers=workers,
+            )
+            checkpoint.copy_carried_files(reader.directory, partial)
+        return total
+    finally:
+        reader.close()
+
+
+def write_checkpoint(
+    reader: readers.Reader,
+    folder: pathlib.Path,
+    *,
+    layout: str,
+    max_shard_bytes: int,
+    dtype: str | None = None,
+    workers: int | None = None,
+) -> int:
+    """Writes tensors, index and config.json into an empty directory; returns the tensors' bytes."""
+    dtypes = {
+        leaf.path: checkpoint.target_dtype(leaf.path, reader.dtype(leaf), dtype)
+        for leaf in reader.leaves
+    }
+    tensors = _typed_tensors(reader, layout, dtypes)
+    shards = plan_shards(tensors, max_shard_bytes)
+    total = sum(_num_bytes(*tensor) for tensor in tensors.values())
+    with contextlib.ExitStack() as stack:
+        places: dict[str, tuple[int, int]] = {}
+        descriptors = []
+        for shard in shards:
+            descriptor = os.open(folder / shard.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            stack.callback(os.close, descriptor)
+            descriptors.append(descriptor)
+            stf.write_bytes(descriptor, np.frombuffer(shard.header.encoded, np.uint8), 0)
+            os.ftruncate(descriptor, shard.header.num_bytes)
+            places |= {key: (descriptor, at) for key, at in shard.header.offsets.items()}
+
+        def convert(step: tuple[binding.Leaf, regions.Region]) -> int:
+            leaf, region = step
+            data = reader.read(leaf, region, dtypes[leaf.path])
+            first, _ = regions.row_bounds(leaf, region)
+            row_bytes = leaf.num_columns * data.itemsize
+            for local, position in regions.stack_positions(leaf, region):
+                slot = leaf.slot(layout, position)
+                descriptor, begin = places[slot.key]
+                rows = regions.take_rows(leaf, data[local])
+                stf.write_bytes(descriptor, rows, begin + (slot.first_row + first) * row_bytes)
+            return data.nbytes
+
+        with progress.Bar("export", total) as bar:
+            parallel.run(_steps(reader), convert, bar, workers=workers)
+        for descriptor in descriptors:
+            os.fsync(descriptor)
+    if len(shards) > 1:
+        _write_index(folder, shards, total)
+    cfg = reader.cfg.replace(dtype=dtypes["embed.kernel"].name)
+    hf_config = cfg.to_hf()
+    # dFactory tells its merged checkpoints by this name.
+    if layout == "merged":
+        hf_config["model_type"] = "llada2_moe_veomni"
+    elif hf_config["model_type"] == "llada2_moe_veomni":
+        hf_config["model_type"] = "llada2_moe"
+    checkpoint.write_json(folder / "config.json", hf_config)
+    return total
+
+
+def _steps(reader: readers.Reader) -> Iterator[tuple[binding.Leaf, regions.Region]]:
+    for leaf in reader.leaves:
+        for region in regions.regions(leaf, reader.chunks(leaf)):
+            yield leaf, region
+
+
+def _num_bytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:
+    return dtype.itemsize * math.prod(shape)
+
+
+def _typed_tensors(
+    reader: readers.Reader, layout: str, dtypes: Mapping[str, np.dtype]
+) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """The tensors of a layout with their dtypes, from the bottom of the model to its top."""
+
+    def height(tensor: binding.Tensor) -> float:
+        leaf = tensor.leaves[0]
+        if tensor.position:
+            return leaf.first_layer + tensor.position[0]
+        return -1 if leaf.path == "embed.kernel" else math.inf
+
+    expected = binding.expected_tensors(reader.leaves, layout)
+    problems, typed = [], {}
+    for key, tensor in sorted(expected.items(), key=lambda item: height(item[1])):
+        found = {dtypes[leaf.path].name for leaf in tensor.leaves}
+        if len(found) > 1:
+            problems.append(f"{key}: its parts are stored as {' and '.join(sorted(found))}")
+        typed[key] = (dtypes[tensor.leaves[0].path], tensor.shape)
+    if problems:
+        raise errors.ConversionError(
+            f"{reader.directory}: a tensor has one dtype; convert with --dtype", problems
+        )
+    return typed
+
+
+def plan_shards(
+    tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], max_shard_bytes: int
+) -> list[Shard]:
+    """Cuts tensors, in their order, into files of a bounded size."""
+    groups: list[dict[str, tuple[np.dtype, tuple[int, ...]]]] = [{}]
+    used = 0
+    for key, tensor in tensors.items():
+        num_bytes = _num_bytes(*tensor)
+        if groups[-1] and used + num_bytes > max_shard_bytes:
+            groups.append({})
+            used = 0
+        groups[-1][key] = tensor
+        used += num_bytes
+    if len(groups) == 1:
+        return [Shard(hf_directory.SINGLE_FILE, stf.build_header(groups[0]))]
+    return [
+        Shard(f"model-{i:05}-of-{len(groups):05}.safetensors", stf.build_header(group))
+        for i, group in enumerate(groups, start=1)
+    ]
+
+
+def _write_index(folder: pathlib.Path, shards: list[Shard], total: int) -> None:
+    weight_map = {key: shard.name for shard in shards for key in shard.header.offsets}
+    checkpoint.write_json(
+        folder / hf_directory.INDEX_FILE,
+        {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
+    )

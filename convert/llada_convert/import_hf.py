@@ -1,0 +1,225 @@
+"""Brings a Hugging Face checkpoint into a model directory, or straight into a model in memory.
+
+Both stream: whatever the checkpoint's size, only a few regions of it are in memory at a time, next
+to the arrays of the model where that is what is asked for.
+"""
+
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from llada_convert import (
+    binding,
+    errors,
+    hf_directory,
+    orbax_layout,
+    parallel,
+    progress,
+    readers,
+    regions,
+)
+from llada_jax import checkpoint, config, sharding
+from llada_jax.model import transformer
+
+
+def import_checkpoint(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    mesh: config.MeshConfig | None = None,
+    rules: sharding.AxisRules = sharding.SERVE_RULES,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    workers: int | None = None,
+    chunk_bytes: int = regions.CHUNK_BYTES,
+) -> int:
+    """Converts a checkpoint of any layout to a model directory.
+
+    Args:
+      source: a Hugging Face checkpoint, or a model directory to lay out anew.
+      target: the model directory; it appears when it is complete.
+      mesh: the mesh it will be loaded on, which needs no devices here: chunks divide its shards.
+        Any other mesh can load it too, at the price of reading chunks several times.
+      rules: how that mesh splits parameters.
+      dtype: dtype to convert to; by default each tensor keeps its own. The router's bias always
+        does.
+      overwrite: whether to replace a checkpoint that is there.
+      workers: threads, each of which holds one region.
+      chunk_bytes: size that chunks stay below.
+
+    Returns:
+      Bytes of parameters written.
+
+    Raises:
+      ValueError: a fault of the checkpoint or of the arguments, with every tensor concerned.
+      OSError: the disk is full, or may not be written.
+    """
+    target = pathlib.Path(target).absolute()
+    reader = readers.open_checkpoint(source, rules=rules, mesh=mesh)
+    try:
+        readers.require_sound(reader, dtype)
+        dtypes = {
+            leaf.path: checkpoint.target_dtype(leaf.path, reader.dtype(leaf), dtype)
+            for leaf in reader.leaves
+        }
+        _log_left_behind(reader)
+        with checkpoint.written_beside(target, overwrite=overwrite) as partial:
+            total = _write_params(reader, partial, dtypes, workers, chunk_bytes)
+            _write_side_files(reader, partial, dtypes)
+        return total
+    finally:
+        reader.close()
+
+
+def _write_params(
+    reader: readers.Reader,
+    partial: pathlib.Path,
+    dtypes: dict[str, np.dtype],
+    workers: int | None,
+    chunk_bytes: int,
+) -> int:
+    params = partial / checkpoint.PARAMS_FOLDER
+    params.mkdir()
+    chunks = {
+        leaf.path: regions.chunk_shape(leaf, dtypes[leaf.path].itemsize, chunk_bytes)
+        for leaf in reader.leaves
+    }
+    writers = {
+        leaf.path: orbax_layout.ArrayWriter(
+            params, leaf.path, leaf.shape, chunks[leaf.path], dtypes[leaf.path]
+        )
+        for leaf in reader.leaves
+    }
+
+    def convert(step: tuple[binding.Leaf, regions.Region]) -> int:
+        leaf, region = step
+        data = reader.read(leaf, region, dtypes[leaf.path])
+        writers[leaf.path].write(region, data)
+        return data.nbytes
+
+    total = sum(leaf.size * dtypes[leaf.path].itemsize for leaf in reader.leaves)
+    with progress.Bar("import", total) as bar:
+        parallel.run(_steps(reader.leaves, chunks), convert, bar, workers=workers)
+    orbax_layout.write_metadata(params, chunks)
+    return total
+
+
+def _steps(
+    leaves: tuple[binding.Leaf, ...], chunks: dict[str, tuple[int, ...]]
+) -> Iterator[tuple[binding.Leaf, regions.Region]]:
+    for leaf in leaves:
+        for region in regions.regions(leaf, chunks[leaf.path]):
+            yield leaf, region
+
+
+def _write_side_files(
+    reader: readers.Reader, partial: pathlib.Path, dtypes: dict[str, np.dtype]
+) -> None:
+    cfg = reader.cfg.replace(dtype=dtypes["embed.kernel"].name)
+    checkpoint.write_side_files(
+        partial,
+        cfg.to_hf(),
+        {path: dtype.name for path, dtype in dtypes.items()},
+        source_layout=reader.layout,
+        beside=reader.directory,
+    )
+
+
+def _log_left_behind(reader: readers.Reader) -> None:
+    """Names the files that have no place in a model directory; code and pickles never do."""
+    read = {
+        hf_directory.SINGLE_FILE,
+        hf_directory.INDEX_FILE,
+        "config.json",
+        checkpoint.DESCRIPTION_FILE,
+    }
+    if isinstance(reader, readers.HFReader):
+        read |= {info.path.name for info in reader.tensors.values()}
+    else:
+        read.add(checkpoint.PARAMS_FOLDER)
+    for path in sorted(reader.directory.iterdir()):
+        if path.name not in read and not checkpoint.is_carried(path.name):
+            logging.warning("not carried over: %s", path.name)
+
+
+def load_hf_model(
+    directory: str | os.PathLike[str],
+    *,
+    rules: sharding.AxisRules,
+    grouped_matmul: str = "ragged_dot",
+    dtype: str | None = None,
+) -> transformer.LLaDA2:
+    """The model in a Hugging Face checkpoint, read straight into arrays of the current mesh.
+
+    Takes the arguments of `llada_jax.checkpoint.load_model`, and gives the same model as importing
+    the checkpoint and loading that.
+
+    Raises:
+      ValueError: a fault of the checkpoint, with every tensor concerned.
+    """
+    directory = pathlib.Path(directory).absolute()
+    if not directory.is_dir():
+        raise errors.ConversionError(f"{directory}: no such directory")
+    cfg = checkpoint.load_config(directory)
+    mesh = jax.sharding.get_mesh()
+    abstract = binding.abstract_tree(
+        transformer.abstract_model(cfg, rules, grouped_matmul=grouped_matmul)
+    )
+    reader = readers.HFReader(directory, cfg, binding.bind(abstract, cfg, dict(mesh.shape)))
+    try:
+        readers.require_sound(reader, dtype)
+        params: dict[str, Any] = {}
+        total = sum(leaf.size * reader.dtype(leaf).itemsize for leaf in reader.leaves)
+        with progress.Bar("load", total) as bar:
+            for leaf in reader.leaves:
+                target = checkpoint.target_dtype(leaf.path, reader.dtype(leaf), dtype)
+                *parents, name = leaf.path.split(".")
+                node = params
+                for parent in parents:
+                    node = node.setdefault(parent, {})
+                node[name] = _sharded(reader, leaf, abstract[leaf.path].sharding, target)
+                bar.add(leaf.size * reader.dtype(leaf).itemsize)
+    finally:
+        reader.close()
+    return checkpoint.build_model(cfg, rules, params, grouped_matmul=grouped_matmul)
+
+
+def _sharded(
+    reader: readers.Reader, leaf: binding.Leaf, placed: jax.sharding.Sharding, dtype: np.dtype
+) -> jax.Array:
+    """One array, of which every shard that this process holds is read once."""
+    shards: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+
+    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+        region = regions.normalized(index or (), leaf.shape)
+        name = tuple((s.start, s.stop) for s in region)
+        if name not in shards:
+            shards[name] = _read_whole(reader, leaf, region, dtype)
+        return shards[name]
+
+    return jax.make_array_from_callback(leaf.shape, placed, shard, dtype=dtype)
+
+
+def _read_whole(
+    reader: readers.Reader, leaf: binding.Leaf, region: regions.Region, dtype: np.dtype
+) -> np.ndarray:
+    """A region of any size, read in parts by several threads."""
+    out = np.empty(regions.shape_of(region), dtype)
+    step = tuple(1 if dim < len(leaf.stack_shape) else size for dim, size in enumerate(out.shape))
+    quiet = progress.Bar(leaf.path, 0)
+    quiet.is_shown = False
+
+    def fill(part: regions.Region) -> int:
+        inside = tuple(
+            slice(p.start - r.start, p.stop - r.start) for p, r in zip(part, region, strict=True)
+        )
+        out[inside] = reader.read(leaf, part, dtype)
+        return out[inside].nbytes
+
+    parallel.run(regions.tiles(region, step), fill, quiet)
+    return out

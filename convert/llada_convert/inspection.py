@@ -1,0 +1,108 @@
+"""Says what is in a checkpoint, from headers alone: no tensor's data is read."""
+
+import dataclasses
+import os
+from typing import Any
+
+from llada_convert import binding, readers
+from llada_convert import safetensors_file as stf
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """What is in a checkpoint.
+
+    Attributes:
+      directory: where it is.
+      layout: "separate", "merged", "fused" or "orbax".
+      num_files: files that hold tensors.
+      num_tensors: tensors, or arrays, stored.
+      num_bytes: their bytes.
+      num_parameters: parameters of the architecture in config.json.
+      parts: parameters of each part of it.
+      dtypes: how many stored tensors have each dtype.
+      problems: missing, unknown, mis-shaped and unusable tensors.
+    """
+
+    directory: str
+    layout: str
+    num_files: int
+    num_tensors: int
+    num_bytes: int
+    num_parameters: int
+    parts: dict[str, int]
+    dtypes: dict[str, int]
+    problems: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+    def text(self) -> str:
+        """For people."""
+        width = max(len(part) for part in self.parts)
+        dtypes = ", ".join(f"{name} ({count})" for name, count in self.dtypes.items())
+        lines = [
+            f"{self.directory}",
+            f"layout: {self.layout}",
+            f"stored: {self.num_tensors} tensors in {self.num_files} files, "
+            f"{self.num_bytes / 1e9:.3f} GB",
+            f"dtypes: {dtypes}",
+            f"parameters: {self.num_parameters:,}",
+            *(f"  {part:{width}}  {count:>16,}" for part, count in self.parts.items()),
+            f"problems: {len(self.problems) or 'none'}",
+            *(f"  {problem}" for problem in self.problems),
+        ]
+        return "\n".join(lines)
+
+
+def inspect_checkpoint(directory: str | os.PathLike[str]) -> Report:
+    """What is in a checkpoint of any layout.
+
+    Raises:
+      ValueError: it is no checkpoint, or a header of it is damaged.
+    """
+    reader = readers.open_checkpoint(directory)
+    try:
+        stored = _stored(reader)
+        dtypes: dict[str, int] = {}
+        for dtype, _ in stored:
+            dtypes[dtype] = dtypes.get(dtype, 0) + 1
+        parts = binding.num_parameters(reader.leaves)
+        return Report(
+            directory=str(reader.directory),
+            layout=reader.layout,
+            num_files=_num_files(reader),
+            num_tensors=len(stored),
+            num_bytes=sum(num_bytes for _, num_bytes in stored),
+            num_parameters=sum(parts.values()),
+            parts=parts,
+            dtypes=dict(sorted(dtypes.items())),
+            problems=list(reader.problems),
+        )
+    finally:
+        reader.close()
+
+
+def _stored(reader: readers.Reader) -> list[tuple[str, int]]:
+    """Dtype and bytes of each stored tensor."""
+    if isinstance(reader, readers.HFReader):
+        return [
+            (
+                stf.DTYPES[info.dtype].name if info.dtype in stf.DTYPES else info.dtype,
+                info.num_bytes,
+            )
+            for info in reader.tensors.values()
+        ]
+    if isinstance(reader, readers.OrbaxReader):
+        return [(array.dtype.name, array.num_bytes) for array in reader.stored.values()]
+    raise TypeError(f"no reader of checkpoints: {reader!r}")
+
+
+def _num_files(reader: readers.Reader) -> int:
+    if isinstance(reader, readers.HFReader):
+        return len({info.path for info in reader.tensors.values()})
+    params = reader.directory / "params"
+    return sum(
+        path.is_file() and not path.name.startswith((".", "_")) for path in params.rglob("*")
+    )

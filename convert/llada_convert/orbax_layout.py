@@ -1,0 +1,104 @@
+"""Writes Orbax's layout on disk chunk by chunk, which its own savers cannot do.
+
+Each array is an uncompressed zarr (version 2) directory whose chunk files hold plain bytes, named
+by their place in the grid. `_METADATA` and `_CHECKPOINT_METADATA` come from Orbax's own classes;
+those are private, so the version of Orbax is pinned, and a test restores through its public API.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+import tensorstore as ts
+from etils import epath
+from orbax.checkpoint._src.metadata import checkpoint as checkpoint_metadata
+from orbax.checkpoint._src.metadata import step_metadata_serialization
+from orbax.checkpoint._src.metadata import tree as tree_metadata
+from orbax.checkpoint._src.serialization import types
+
+from llada_convert import regions
+from llada_convert import safetensors_file as stf
+
+
+class ArrayWriter:
+    """One array, created empty and filled by regions of whole chunks."""
+
+    def __init__(
+        self,
+        params: pathlib.Path,
+        path: str,
+        shape: tuple[int, ...],
+        chunks: tuple[int, ...],
+        dtype: np.dtype,
+    ):
+        self.folder, self.chunks, self.dtype = params / path, chunks, dtype
+        is_bfloat16 = dtype.name == "bfloat16"
+        spec = {
+            "driver": "zarr",
+            "kvstore": {"driver": "file", "path": f"{self.folder}/"},
+            "metadata": {
+                "shape": list(shape),
+                "chunks": list(chunks),
+                "dtype": "bfloat16" if is_bfloat16 else dtype.str,
+                "compressor": None,
+                "dimension_separator": ".",
+            },
+        }
+        ts.open(spec, create=True).result()
+
+    def write(self, region: regions.Region, data: np.ndarray) -> None:
+        """Writes the chunks of a region."""
+        for tile in regions.tiles(region, self.chunks):
+            inside = tuple(
+                slice(t.start - r.start, t.stop - r.start)
+                for t, r in zip(tile, region, strict=True)
+            )
+            chunk = data[inside]
+            if chunk.shape != self.chunks:  # at the array's end, zarr wants it filled up
+                whole = np.zeros(self.chunks, self.dtype)
+                whole[tuple(slice(0, n) for n in chunk.shape)] = chunk
+                chunk = whole
+            index = (t.start // n for t, n in zip(tile, self.chunks, strict=True))
+            name = ".".join(map(str, index))
+            write_file(self.folder / name, np.ascontiguousarray(chunk))
+
+
+def write_file(path: pathlib.Path, data: np.ndarray) -> None:
+    """Writes an array's bytes as a new file, and brings them to the disk."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        stf.write_bytes(descriptor, data, 0)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_metadata(params: pathlib.Path, chunks: Mapping[str, tuple[int, ...]]) -> None:
+    """Writes what makes the arrays a PyTree checkpoint.
+
+    Args:
+      params: the checkpoint's directory.
+      chunks: chunk shape of each array, by dotted path.
+    """
+    tree: dict = {}
+    context = ts.Context()  # unused, but Orbax warns of each array without one
+    for path, shape in chunks.items():
+        *parents, name = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = types.ParamInfo(
+            name=path,
+            parent_dir=epath.Path(params),
+            ts_context=context,
+            value_typestr="jax.Array",
+            write_shape=shape,
+            skip_deserialize=False,
+        )
+    metadata = tree_metadata.InternalTreeMetadata.build(tree, use_ocdbt=False, use_zarr3=False)
+    (params / "_METADATA").write_text(json.dumps(metadata.to_json()), encoding="utf-8")
+    step = checkpoint_metadata.StepMetadata(metrics={}, custom_metadata={})
+    text = json.dumps(step_metadata_serialization.serialize(step))
+    (params / "_CHECKPOINT_METADATA").write_text(text, encoding="utf-8")

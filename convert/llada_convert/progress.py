@@ -1,0 +1,71 @@
+"""A line on the terminal with bytes, rate and time left; silent where there is no terminal."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Self, TextIO
+
+_EVERY_SECONDS = 0.2
+
+
+class Bar:
+    """Counts bytes of a known total.
+
+    Args:
+      title: what is being done.
+      total_bytes: bytes that will be done.
+      stream: where to write; by default the standard error.
+    """
+
+    def __init__(self, title: str, total_bytes: int, stream: TextIO | None = None):
+        self.title, self.total_bytes, self.done_bytes = title, total_bytes, 0
+        self.stream = sys.stderr if stream is None else stream
+        self.is_shown = self.stream.isatty()
+        self.started = time.monotonic()
+        self.next_draw = self.started
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.is_shown:
+            self._draw()
+            self.stream.write("\n")
+            self.stream.flush()
+
+    @property
+    def seconds(self) -> float:
+        """Time since the start."""
+        return time.monotonic() - self.started
+
+    def add(self, num_bytes: int) -> None:
+        """Counts bytes that are done, and draws now and then."""
+        self.done_bytes += num_bytes
+        if self.is_shown and time.monotonic() >= self.next_draw:
+            self.next_draw = time.monotonic() + _EVERY_SECONDS
+            self._draw()
+
+    def _draw(self) -> None:
+        rate = self.done_bytes / max(self.seconds, 1e-9)
+        share = self.done_bytes / max(self.total_bytes, 1)
+        left = (self.total_bytes - self.done_bytes) / rate if rate else float("inf")
+        filled = int(24 * share)
+        self.stream.write(
+            f"\r{self.title} [{'=' * filled}{' ' * (24 - filled)}] "
+            f"{self.done_bytes / 1e9:.2f}/{self.total_bytes / 1e9:.2f} GB  "
+            f"{rate / 1e6:.0f} MB/s  {_clock(left)} left "
+        )
+        self.stream.flush()
+
+
+def _clock(seconds: float) -> str:
+    if seconds == float("inf"):
+        return "-:--"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

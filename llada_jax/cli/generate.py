@@ -1,0 +1,265 @@
+"""`llada-generate`: texts from a LLaDA2 model.
+
+    llada-generate MODEL --prompt "Why is the sky blue?" --chat --show-denoising
+    llada-generate MODEL --token-ids prompts.jsonl --json
+
+MODEL is a directory that `llada-convert import` or `llada_jax.checkpoint.save_model` wrote, or a
+Hugging Face checkpoint directory, which is converted in memory.
+
+Prompts come from --prompt, --file, --token-ids or standard input. Of a text, one line end at its
+end is dropped. Text in a prompt that looks like a control token is ordinary text without
+--allow-special. With --chat an answer also ends at the tokenizer's own end tokens.
+
+A line of --token-ids is a list of token ids, or an object:
+
+    {"token_ids": [5, 7], "id": "a", "gen_length": 64, "threshold": 0.9}
+
+"prompt", a text, may stand for "token_ids". "id" may be anything and comes back. All other keys are
+sampling options: the flags' names with underscores. They go before the flags. "eos_id" may be a
+list. Blank lines are skipped.
+
+--json writes one line of JSON for each prompt, in their order, and nothing else to standard output:
+
+    index               number of the prompt, from 0
+    id                  the row's "id", if it had one
+    prompt_token_ids    the prompt as the model saw it
+    token_ids           the answer, up to and with its first end token
+    text                the answer without special tokens; null if the model has no tokenizer
+    finish_reason       "stop" at an end token, "length" at the greatest length
+    stats               forwards: denoising forward passes; prefill_forwards and commit_forwards:
+                        passes that filled the cache; steps_per_block: denoising passes of each
+                        block; edits: tokens replaced after they were written; generated_tokens;
+                        tokens_per_forward
+
+Exit status: 0 when all is well, 2 for a mistake in flags, files or requests, 130 after Ctrl-C, 141
+when nobody reads the output any more.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import pathlib
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import jax
+from absl import logging
+
+from llada_jax.cli import (
+    denoising_view,
+    generate_answers,
+    generate_flags,
+    generate_prompts,
+    terminal,
+)
+from llada_jax.data import chat
+from llada_jax.data import tokenizer as tokenizers
+from llada_jax.generate import generator as generators
+from llada_jax.generate import request
+
+_T = TypeVar("_T")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    is_verbose = False
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        args = generate_flags.parse(sys.argv[1:] if argv is None else argv, __doc__ or "")
+        is_verbose = args.verbose
+        logging.use_absl_handler()
+        logging.set_verbosity(logging.INFO if is_verbose else logging.WARNING)
+        _run(args)
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        _drop_output()
+        return 141
+    except (ValueError, OSError, FloatingPointError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and not _is_out_of_memory(error):
+            raise
+        if is_verbose:
+            traceback.print_exc()
+        print(terminal.safe_text(f"error: {_message(error)}", sys.stderr), file=sys.stderr)
+        return 2
+
+
+def _run(args: argparse.Namespace) -> None:
+    """Reads and checks everything, then generates."""
+    prompts = generate_prompts.read_prompts(args)
+    flags = generate_flags.sampling_options(args)
+    params = [_naming(prompt.where, prompt.sampling_params, flags) for prompt in prompts]
+    template = _given_template(args, prompts)
+    generator = _load(args)
+    encoder = generate_prompts.Encoder(
+        tokenizer=generator.tokenizer,
+        template=_chat_template(args, template, generator.tokenizer) if args.chat else None,
+        system=args.system,
+        allow_special=args.allow_special,
+    )
+    ids = [_naming(prompt.where, encoder.encode, prompt.content) for prompt in prompts]
+    if args.chat and generator.tokenizer is not None:
+        ends = tokenizers.resolve_special_ids(generator.tokenizer).eos
+        ends = tuple(dict.fromkeys((*generator.config.eos_token_ids, *ends)))
+        params = [
+            request.SamplingParams.create(p, eos_ids=ends) if p.eos_ids is None else p
+            for p in params
+        ]
+    params = [
+        p if "gen_length" in {**flags, **prompt.options} else _fitting(p, prompt_ids, generator)
+        for prompt, prompt_ids, p in zip(prompts, ids, params, strict=True)
+    ]
+    for prompt, prompt_ids, p in zip(prompts, ids, params, strict=True):
+        # Checks the request at once, and generates nothing as long as nobody asks for an event.
+        _naming(prompt.where, generator.stream, [prompt_ids], [p])
+    view = None
+    if args.show_denoising:
+        view = denoising_view.DenoisingView(
+            sys.stderr if args.json else sys.stdout,
+            tokenizer=generator.tokenizer,
+            mask_ids=[p.resolve(generator.config).mask_id or 0 for p in params],
+            frame_seconds=args.frame_seconds,
+        )
+    start = time.monotonic()
+    events = generator.stream(ids, params, denoising=view is not None)
+    events = _drawn(events, view)
+    if args.json:
+        generate_answers.write_json(events, [prompt.echo for prompt in prompts])
+        return
+    completions = generate_answers.write_text(
+        events, [prompt.echo for prompt in prompts], is_streamed=view is None
+    )
+    print(generate_answers.summary(completions, time.monotonic() - start), file=sys.stderr)
+
+
+def _load(args: argparse.Namespace) -> generators.Generator:
+    directory = pathlib.Path(args.model)
+    if not (directory / "config.json").is_file():
+        found = "no config.json in this directory" if directory.is_dir() else "no such directory"
+        raise ValueError(
+            f"{args.model}: {found}; give a directory that `llada-convert import` wrote, or a "
+            "Hugging Face checkpoint, downloaded before (`hf download NAME --local-dir DIR`)"
+        )
+    sizes = {"max_batch": args.max_batch, "prefill_chunk_tokens": args.prefill_chunk_tokens}
+    return generators.Generator.from_pretrained(
+        directory,
+        mesh=args.mesh,
+        dtype=args.dtype,
+        grouped_matmul=args.grouped_matmul,
+        **{name: value for name, value in sizes.items() if value is not None},
+    )
+
+
+def _given_template(
+    args: argparse.Namespace, prompts: Sequence[generate_prompts.Prompt]
+) -> str | None:
+    """The source of --chat-template, after a check of all that has to do with chats."""
+    if not args.chat:
+        for flag, value in (("--system", args.system), ("--chat-template", args.chat_template)):
+            if value is not None:
+                raise ValueError(f"{flag}: is for chats; add --chat")
+        return None
+    for prompt in prompts:
+        if not isinstance(prompt.content, str):
+            raise ValueError(
+                f"{prompt.where}: token ids cannot be wrapped as a chat message; give the text as "
+                '{"prompt": ...}, or leave out --chat'
+            )
+    if args.chat_template == "default":
+        return chat.DEFAULT_TEMPLATE
+    if args.chat_template is None:
+        return None
+    return generate_prompts.read_text(args.chat_template)[1]
+
+
+def _chat_template(
+    args: argparse.Namespace, given: str | None, tokenizer: tokenizers.Tokenizer | None
+) -> chat.ChatTemplate:
+    if tokenizer is None:
+        raise ValueError(
+            f"{args.model}: --chat needs a tokenizer and there is none; add tokenizer.json or a "
+            "SentencePiece .model file to the directory"
+        )
+    source = given or tokenizer.chat_template
+    if not source:
+        raise ValueError(
+            f"{args.model}: no chat template in chat_template.jinja or tokenizer_config.json; give "
+            "one with --chat-template FILE, or take the family's plain one with "
+            "--chat-template default"
+        )
+    return chat.ChatTemplate(source, tokenizer.named_tokens)
+
+
+def _fitting(
+    params: request.SamplingParams, prompt: Sequence[int], generator: generators.Generator
+) -> request.SamplingParams:
+    """The same with no more tokens to generate than the model has positions for."""
+    block_length = params.block_length or generator.config.block_size
+    num_blocks = generator.config.max_position_embeddings // block_length
+    left = num_blocks * block_length - len(prompt)
+    if not 0 < left < params.gen_length:
+        return params
+    return request.SamplingParams.create(params, gen_length=left)
+
+
+def _drawn(
+    events: Iterator[request.Event], view: denoising_view.DenoisingView | None
+) -> Iterator[request.BlockEvent]:
+    """The final blocks; what leads to them goes to the view."""
+    for event in events:
+        if isinstance(event, request.BlockEvent):
+            if view is not None:
+                view.commit()
+            yield event
+        elif view is not None:
+            view.show(event)
+
+
+def _naming(where: str, function: Callable[..., _T], *args: Any) -> _T:
+    """Calls a function; a `ValueError` gets to say which prompt it is about."""
+    try:
+        return function(*args)
+    except ValueError as error:
+        message = str(error).removeprefix("prompt 0: ")
+        raise ValueError(f"{where}: {message}") from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
+def _message(error: Exception) -> str:
+    if _is_out_of_memory(error):
+        first_line = str(error).partition("\n")[0]
+        return (
+            "the devices' memory is full; use more devices with --mesh, a smaller --max-batch, "
+            f"--prefill-chunk-tokens or --gen-length, or --dtype bfloat16 ({first_line})"
+        )
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}; check the path and its permissions"
+    return str(error)
+
+
+def _drop_output() -> None:
+    """Lets the interpreter flush its streams at exit without another complaint."""
+    with open(os.devnull, "w") as devnull:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except BrokenPipeError:
+                with contextlib.suppress(io.UnsupportedOperation):
+                    os.dup2(devnull.fileno(), stream.fileno())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

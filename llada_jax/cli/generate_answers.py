@@ -1,0 +1,109 @@
+"""Answers on standard output, as text or as lines of JSON, in the order of the prompts."""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from llada_jax.cli import terminal
+from llada_jax.generate import request
+
+Echo = Mapping[str, Any]
+
+
+def write_json(events: Iterator[request.BlockEvent], echoes: Sequence[Echo]) -> None:
+    """Writes a line for each prompt as soon as it and all before it are answered."""
+    for index, completion in in_order(events):
+        line = {
+            "index": index,
+            **echoes[index],
+            "prompt_token_ids": list(completion.prompt_token_ids),
+            "token_ids": list(completion.token_ids),
+            "text": completion.text,
+            "finish_reason": completion.finish_reason,
+            "stats": completion.stats.as_dict(),
+        }
+        print(json.dumps(line), flush=True)
+
+
+def write_text(
+    events: Iterator[request.BlockEvent], echoes: Sequence[Echo], *, is_streamed: bool
+) -> list[request.Completion]:
+    """Writes the answers, several of them under headings.
+
+    Args:
+      events: the blocks of all answers.
+      echoes: one for each prompt.
+      is_streamed: whether to write what is ready while the rest is generated, a single answer block
+        by block; otherwise all is written at the end, after a blank line.
+    """
+    if len(echoes) == 1 and is_streamed:
+        return [_write_blocks(events)]
+    answers = in_order(events)
+    if not is_streamed:
+        answers = iter(list(answers))
+        _write("\n")
+    completions = []
+    for index, completion in answers:
+        if len(echoes) > 1:
+            name = "".join(f" ({json.dumps(value)})" for value in echoes[index].values())
+            gap = "\n" if completions else ""
+            _write(f"{gap}==> prompt {index}{name} <==\n")
+        ids = " ".join(map(str, completion.token_ids))
+        _write(_whole_lines(ids if completion.text is None else completion.text))
+        completions.append(completion)
+    return completions
+
+
+def summary(completions: Sequence[request.Completion], seconds: float) -> str:
+    """What the answers cost, in a line."""
+    tokens = sum(c.stats.generated_tokens for c in completions)
+    forwards = sum(c.stats.forwards for c in completions)
+    edits = sum(c.stats.edits for c in completions)
+    prompts = f"{len(completions)} prompts, " if len(completions) > 1 else ""
+    return (
+        f"{prompts}{tokens} tokens, {forwards} denoising forwards "
+        f"({tokens / max(forwards, 1):.2f} tokens per forward), {edits} edits, "
+        f"{seconds:.1f} s with compilation"
+    )
+
+
+def in_order(events: Iterator[request.BlockEvent]) -> Iterator[tuple[int, request.Completion]]:
+    """Completions by index; one that is early waits for those before it."""
+    waiting: dict[int, request.Completion] = {}
+    first = 0
+    for event in events:
+        if event.completion is not None:
+            waiting[event.index] = event.completion
+        while first in waiting:
+            yield first, waiting.pop(first)
+            first += 1
+
+
+def _write_blocks(events: Iterator[request.BlockEvent]) -> request.Completion:
+    """Writes a single answer block by block."""
+    completion, last = None, ""
+    try:
+        for event in events:
+            text = event.text
+            if text is None:
+                gap = " " if last and event.token_ids else ""
+                text = gap + " ".join(map(str, event.token_ids))
+            _write(text)
+            last = text or last
+            completion = event.completion or completion
+    finally:
+        # Also before a message about what went wrong.
+        if not last.endswith("\n"):
+            _write("\n")
+    assert completion is not None
+    return completion
+
+
+def _whole_lines(text: str) -> str:
+    return text if text.endswith("\n") else text + "\n"
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(terminal.safe_text(text, sys.stdout))
+    sys.stdout.flush()

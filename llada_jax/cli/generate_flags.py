@@ -1,0 +1,256 @@
+"""Flags of `llada-generate`.
+
+One table, `OPTIONS`, makes the sampling flags and the keys of a row of JSON, so that both take the
+same values.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from llada_jax import config
+from llada_jax.generate import request
+from llada_jax.ops import grouped_matmul
+
+_T = TypeVar("_T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """A sampling option by the reference's name.
+
+    Attributes:
+      name: key of a row; the flag is this with dashes.
+      kind: type of its value.
+      help: what it means.
+      largest: greatest whole number that it may be.
+      is_optional: whether a row may say null, for the model's own or for no limit.
+      is_list: whether there may be several.
+    """
+
+    name: str
+    kind: type
+    help: str
+    largest: int = 2**31 - 1
+    is_optional: bool = False
+    is_list: bool = False
+
+    @property
+    def flag(self) -> str:
+        """The name on the command line."""
+        return "--" + self.name.replace("_", "-")
+
+
+OPTIONS = (
+    Option("strategy", str, "which tokens a step writes; speed and quality are presets of joint"),
+    Option("steps", int, "fixed: denoising steps per block"),
+    Option("threshold", float, "confidence above which a masked token is written"),
+    Option("editing_threshold", float, "joint: confidence above which a token is replaced"),
+    Option("max_post_steps", int, "joint: steps of a block that may begin without a mask"),
+    Option("num_to_transfer", int, "joint: tokens written per step at least"),
+    Option("minimal_topk", int, "fixed: no more steps than gen_length over this"),
+    Option(
+        "gen_length",
+        int,
+        f"most tokens to generate, by default {request.SamplingParams.gen_length} or what the "
+        "model has room for",
+    ),
+    Option("block_length", int, "tokens per block", is_optional=True),
+    Option("temperature", float, "0 takes the most probable token"),
+    Option("top_k", int, "most probable tokens to draw from", is_optional=True),
+    Option("top_p", float, "probability mass to draw from", is_optional=True),
+    Option("seed", int, "what a prompt draws depends on this", largest=2**32 - 1),
+    Option("eos_early_stop", bool, "stop once the text is known to have ended"),
+    Option("eos_id", int, "token that ends a text", is_optional=True, is_list=True),
+    Option("mask_id", int, "token of the mask", is_optional=True),
+)
+BY_NAME = {option.name: option for option in OPTIONS}
+_KIND_NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def parse(argv: Sequence[str], documentation: str) -> argparse.Namespace:
+    """Reads the command line.
+
+    Args:
+      argv: what follows the program's name.
+      documentation: goes below the flags' help but for its first line, which goes above.
+
+    Raises:
+      ValueError: a flag is unknown, or has a value that it cannot have.
+    """
+    return _parser(documentation).parse_args(_with_dashes(argv))
+
+
+def _parser(documentation: str) -> argparse.ArgumentParser:
+    description, _, epilog = documentation.partition("\n\n")
+    parser = _Parser(
+        prog="llada-generate",
+        usage="%(prog)s MODEL [--prompt TEXT | --file FILE | --token-ids FILE.jsonl] [flags]",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help="directory of the model")
+    prompts = parser.add_argument_group("prompts, from standard input by default")
+    source = prompts.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT", action="append", help="may be repeated")
+    source.add_argument("--file", metavar="FILE", help="one prompt; - is standard input")
+    source.add_argument(
+        "--token-ids", metavar="FILE.jsonl", help="a prompt a line, see below; - is standard input"
+    )
+    prompts.add_argument("--lines", action="store_true", help="each line of text is a prompt")
+    prompts.add_argument(
+        "--allow-special", action="store_true", help="control tokens' text becomes control tokens"
+    )
+    prompts.add_argument("--chat", action="store_true", help="each prompt is a user's message")
+    prompts.add_argument("--system", metavar="TEXT", help="system message for --chat")
+    prompts.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="jinja template instead of the model's; `default` is the family's plain one",
+    )
+    _add_sampling_flags(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="a line of JSON for each prompt")
+    output.add_argument(
+        "--show-denoising",
+        action="store_true",
+        help="draw the tokens as they appear; with --json on standard error",
+    )
+    output.add_argument(
+        "--frame-seconds",
+        type=_checked(_seconds),
+        default=0.08,
+        metavar="X",
+        help="least time that a drawn step stays on a terminal, by default %(default)s",
+    )
+    output.add_argument(
+        "--verbose", action="store_true", help="log what is done, and tracebacks of errors"
+    )
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--mesh",
+        type=_checked(config.MeshConfig.parse),
+        metavar="D,F,E,T",
+        help="devices along data, fsdp, expert and tensor; by default one",
+    )
+    machine.add_argument("--dtype", choices=config.DTYPES, help="by default as stored")
+    machine.add_argument(
+        "--grouped-matmul",
+        choices=grouped_matmul.IMPLEMENTATIONS,
+        help="how experts are multiplied; by default the fastest measured for the backend",
+    )
+    machine.add_argument(
+        "--max-batch", type=int, metavar="N", help="most prompts that are generated together"
+    )
+    machine.add_argument(
+        "--prefill-chunk-tokens", type=int, metavar="N", help="most prompt tokens per forward pass"
+    )
+    return parser
+
+
+def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds a flag for every option; one that is not given is None."""
+    group = parser.add_argument_group(
+        "sampling", "by the reference's names; what is not given is the strategy's or the model's"
+    )
+    for option in OPTIONS:
+        if option.kind is bool:
+            group.add_argument(
+                option.flag, action=argparse.BooleanOptionalAction, default=None, help=option.help
+            )
+        elif option.kind is str:
+            group.add_argument(option.flag, choices=list(request.STRATEGIES), help=option.help)
+        else:
+            group.add_argument(
+                option.flag,
+                type=_flag_value(option),
+                action="append" if option.is_list else "store",
+                metavar="N" if option.kind is int else "X",
+                help=option.help + ("; may be repeated" if option.is_list else ""),
+            )
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that were given as flags."""
+    given = {option.name: getattr(args, option.name) for option in OPTIONS}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def problem(option: Option, value: Any) -> str | None:
+    """What is wrong with the type or size of a value."""
+    if value is None and option.is_optional:
+        return None
+    expected = _KIND_NAMES[option.kind]
+    if option.is_list:
+        expected += ", or a list of them"
+    values: Iterable[Any] = value if option.is_list and isinstance(value, list) else [value]
+    for item in values:
+        is_number = isinstance(item, int | float) and not isinstance(item, bool)
+        if not (is_number if option.kind is float else type(item) is option.kind):
+            return f"is {shown(value)}, expected {expected}"
+        if isinstance(item, int) and abs(item) > option.largest:
+            return f"is {shown(item)}, expected at most {option.largest}"
+    return None
+
+
+def _flag_value(option: Option) -> Callable[[str], Any]:
+    """What reads a flag's text."""
+
+    def read(text: str) -> Any:
+        value: Any = text
+        with contextlib.suppress(ValueError):
+            value = option.kind(text)
+        wrong = problem(option, value)
+        if wrong:
+            raise argparse.ArgumentTypeError(wrong)
+        return value
+
+    return read
+
+
+def shown(value: Any) -> str:
+    """A value in a message: on one line, not too long."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    text = ascii(text) if isinstance(value, str) else text
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are `ValueError`s, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see {self.prog} --help")
+
+
+def _with_dashes(argv: Sequence[str]) -> list[str]:
+    """Flags as they are documented: `--gen_length=8` becomes `--gen-length=8`."""
+    out = []
+    for arg in argv:
+        name, equals, value = arg.partition("=")
+        out.append(name.replace("_", "-") + equals + value if name.startswith("--") else arg)
+    return out
+
+
+def _checked(parse: Callable[[str], _T]) -> Callable[[str], _T]:
+    """A flag's type whose `ValueError` is shown."""
+
+    def read(text: str) -> _T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return read
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{text} must be a number of seconds from 0")
+    return seconds

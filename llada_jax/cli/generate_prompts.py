@@ -1,0 +1,190 @@
+"""Prompts of `llada-generate`: read from flags, files and JSON lines, and turned into ids."""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from llada_jax.cli import generate_flags
+from llada_jax.data import chat
+from llada_jax.data import tokenizer as tokenizers
+from llada_jax.generate import request
+
+STDIN = "-"
+
+
+_EXPECTED = (
+    "expected a list of token ids such as [5, 7], or an object with token_ids or prompt such as "
+    '{"token_ids": [5, 7], "gen_length": 64}'
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A prompt as it was given.
+
+    Attributes:
+      where: where it was given, for messages.
+      content: text, or token ids.
+      options: its own sampling options, by the names of `generate_flags.OPTIONS`.
+      echo: what goes into its JSON line as it came: its "id", or nothing.
+    """
+
+    where: str
+    content: str | list[int]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    echo: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def sampling_params(self, flags: Mapping[str, Any]) -> request.SamplingParams:
+        """What the flags and, before them, the prompt's own options ask for."""
+        given = {**flags, **self.options}
+        if "eos_id" in given:
+            given["eos_ids"] = given.pop("eos_id")
+        return request.SamplingParams.create(**given)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """How texts become token ids.
+
+    Attributes:
+      tokenizer: the model's; None if it has none.
+      template: chat template to wrap texts in; None leaves them as they are.
+      system: system message of the chat.
+      allow_special: whether control tokens' text becomes control tokens.
+    """
+
+    tokenizer: tokenizers.Tokenizer | None
+    template: chat.ChatTemplate | None = None
+    system: str | None = None
+    allow_special: bool = False
+
+    def encode(self, content: str | list[int]) -> list[int]:
+        """The ids of a prompt."""
+        if isinstance(content, list):
+            return content
+        if self.tokenizer is None:
+            raise ValueError(
+                "this is text, and the model has no tokenizer; add tokenizer.json or a "
+                "SentencePiece .model file to its directory, or give token ids with --token-ids"
+            )
+        if self.template is None:
+            return self.tokenizer.encode(content, allow_special=self.allow_special)
+        messages = [{"role": "user", "content": content}]
+        if self.system is not None:
+            messages.insert(0, {"role": "system", "content": self.system})
+        return chat.encode_chat(
+            self.tokenizer, self.template, messages, allow_special=self.allow_special
+        )
+
+
+def read_prompts(args: argparse.Namespace) -> list[Prompt]:
+    """The prompts that the flags, files and standard input give.
+
+    Raises:
+      ValueError: there are none, or a line is wrong; it names the file and the line.
+    """
+    if args.lines and (args.prompt is not None or args.token_ids is not None):
+        raise ValueError("--lines: goes with --file or standard input only")
+    if args.prompt is not None:
+        return [
+            Prompt(where=f"--prompt number {number}", content=text)
+            for number, text in enumerate(args.prompt, 1)
+        ]
+    if args.token_ids is not None:
+        name, text = read_text(args.token_ids)
+        prompts = [_row(f"{name}, line {n}", line) for n, line in _lines(text)]
+    else:
+        if args.file is None and sys.stdin.isatty():
+            raise ValueError(
+                "no prompt; give --prompt TEXT, --file FILE, --token-ids FILE.jsonl, or text on "
+                "standard input"
+            )
+        name, text = read_text(STDIN if args.file is None else args.file)
+        if args.lines:
+            prompts = [Prompt(where=f"{name}, line {n}", content=line) for n, line in _lines(text)]
+        else:
+            text = text.removesuffix("\n").removesuffix("\r")
+            prompts = [Prompt(where=name, content=text)] if text else []
+    if not prompts:
+        raise ValueError(f"{name}: no prompt in it; write one, or give --prompt TEXT")
+    return prompts
+
+
+def read_text(file: str) -> tuple[str, str]:
+    """A name for messages and the text of a file or of standard input."""
+    name = "standard input" if file == STDIN else file
+    data = sys.stdin.buffer.read() if file == STDIN else pathlib.Path(file).read_bytes()
+    try:
+        return name, data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name}: byte {error.start} is not UTF-8; convert the file, for example with iconv"
+        ) from error
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """Lines that are not blank, with their numbers from 1."""
+    # Not splitlines: it also splits at characters that may stand inside a JSON string.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, line.removesuffix("\r")
+
+
+def _row(where: str, line: str) -> Prompt:
+    """A prompt from a line of JSON."""
+    try:
+        data = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else error
+        if isinstance(error, json.JSONDecodeError):
+            reason = f"{error.msg} at column {error.colno}"
+        raise ValueError(
+            f"{where}: {generate_flags.shown(line)} is not JSON ({reason}); {_EXPECTED}"
+        ) from error
+    if isinstance(data, list):
+        data = {"token_ids": data}
+    if not isinstance(data, dict):
+        raise ValueError(f"{where}: found {generate_flags.shown(line)}; {_EXPECTED}")
+    if ("token_ids" in data) == ("prompt" in data):
+        both = "both token_ids and prompt" if "prompt" in data else "neither token_ids nor prompt"
+        raise ValueError(f"{where}: found {both}; {_EXPECTED}")
+    unknown = sorted(set(data) - set(generate_flags.BY_NAME) - {"token_ids", "prompt", "id"})
+    if unknown:
+        known = ", ".join(["token_ids", "prompt", "id", *generate_flags.BY_NAME])
+        raise ValueError(
+            f"{where}: found the unknown key {generate_flags.shown(unknown[0])}; expected {known}"
+        )
+    if "prompt" in data and not isinstance(data["prompt"], str):
+        raise ValueError(
+            f"{where}: prompt is {generate_flags.shown(data['prompt'])}, expected a string"
+        )
+    if "token_ids" in data:
+        _check_token_ids(where, data["token_ids"])
+    options = {name: data[name] for name in data if name in generate_flags.BY_NAME}
+    for name, value in options.items():
+        problem = generate_flags.problem(generate_flags.BY_NAME[name], value)
+        if problem:
+            raise ValueError(f"{where}: {name} {problem}")
+    return Prompt(
+        where=where,
+        content=data["token_ids"] if "token_ids" in data else data["prompt"],
+        options=options,
+        echo={"id": data["id"]} if "id" in data else {},
+    )
+
+
+def _check_token_ids(where: str, ids: Any) -> None:
+    if not isinstance(ids, list) or not ids:
+        raise ValueError(
+            f"{where}: token_ids is {generate_flags.shown(ids)}, expected at least one id in a list"
+        )
+    wrong = next((p for p, i in enumerate(ids) if type(i) is not int or not 0 <= i < 2**31), None)
+    if wrong is not None:
+        raise ValueError(
+            f"{where}: token_ids[{wrong}] is {generate_flags.shown(ids[wrong])}, "
+            "expected a whole number from 0"
+        )

@@ -1,0 +1,83 @@
+"""Small checkpoints of every layout, and a plain reading of them to compare with."""
+
+import json
+import pathlib
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+
+from llada_convert import synthetic
+from llada_jax import config
+
+_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+
+
+def read_tensors(directory: pathlib.Path) -> dict[str, np.ndarray]:
+    """Every tensor of a Hugging Face checkpoint, read whole by the safetensors library."""
+    tensors = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        for key, entry in safetensors.deserialize(path.read_bytes()):
+            array = np.frombuffer(entry["data"], _DTYPES[entry["dtype"]])
+            tensors[key] = array.reshape(entry["shape"])
+    return tensors
+
+
+def write_tensors(directory: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes a single-file checkpoint by the safetensors library."""
+    names = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+    safetensors.serialize_file(
+        {
+            key: {
+                "dtype": {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[names[a.dtype]],
+                "shape": list(a.shape),
+                "data": np.ascontiguousarray(a).tobytes(),
+            }
+            for key, a in tensors.items()
+        },
+        str(directory / "model.safetensors"),
+    )
+
+
+def same_bytes(first: pathlib.Path, second: pathlib.Path) -> bool:
+    """Whether two directories hold the same files."""
+    files = [
+        {p.relative_to(d): p.read_bytes() for p in d.rglob("*") if p.is_file()}
+        for d in (first, second)
+    ]
+    return files[0] == files[1]
+
+
+def same_tensors(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> bool:
+    """Whether two checkpoints hold the same tensors, byte by byte."""
+    return first.keys() == second.keys() and all(
+        a.dtype == second[key].dtype
+        and a.shape == second[key].shape
+        and a.tobytes() == second[key].tobytes()
+        for key, a in first.items()
+    )
+
+
+@pytest.fixture
+def make(tmp_path) -> Callable[..., pathlib.Path]:
+    """Makes a synthetic checkpoint of the tiny preset with some fields changed."""
+
+    def build(
+        name: str = "source", *, layout: str = "separate", shard_bytes: int = 10**9, **changes
+    ) -> pathlib.Path:
+        bias_dtype = changes.pop("bias_dtype", "float32")
+        cfg = config.ModelConfig.preset("tiny").replace(**changes)
+        synthetic.make_checkpoint(
+            tmp_path / name, cfg, layout=layout, max_shard_bytes=shard_bytes, bias_dtype=bias_dtype
+        )
+        return tmp_path / name
+
+    return build
+
+
+def edit_config(directory: pathlib.Path, **changes) -> None:
+    """Changes keys of a config.json."""
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
