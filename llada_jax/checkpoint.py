@@ -90,6 +90,19 @@ def load_config(directory: PathLike) -> config.ModelConfig:
     return cfg
 
 
+def published_config(cfg: config.ModelConfig, dtype: str) -> dict[str, Any]:
+    """The config.json of a checkpoint that is converted, with this dtype.
+
+    Ids that `load_config` found in generation_config.json stay there, so that a checkpoint's
+    config.json comes back from a conversion as it was.
+    """
+    published = json.loads(cfg.hf_json)
+    if published:
+        source = config.ModelConfig.from_hf(published)
+        cfg = cfg.replace(mask_token_id=source.mask_token_id, eos_token_ids=source.eos_token_ids)
+    return cfg.replace(dtype=dtype).to_hf()
+
+
 def is_model_directory(directory: PathLike) -> bool:
     """Whether this is a complete model directory, by the files that it has."""
     directory = pathlib.Path(directory)

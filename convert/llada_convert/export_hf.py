@@ -132,8 +132,7 @@ def write_checkpoint(
             os.fsync(descriptor)
     if len(shards) > 1:
         _write_index(folder, shards, total)
-    cfg = reader.cfg.replace(dtype=dtypes["embed.kernel"].name)
-    hf_config = cfg.to_hf()
+    hf_config = checkpoint.published_config(reader.cfg, dtypes["embed.kernel"].name)
     # dFactory tells its merged checkpoints by this name.
     if layout == "merged":
         hf_config["model_type"] = "llada2_moe_veomni"

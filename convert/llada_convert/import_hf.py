@@ -120,10 +120,9 @@ def _steps(
 def _write_side_files(
     reader: readers.Reader, partial: pathlib.Path, dtypes: dict[str, np.dtype]
 ) -> None:
-    cfg = reader.cfg.replace(dtype=dtypes["embed.kernel"].name)
     checkpoint.write_side_files(
         partial,
-        cfg.to_hf(),
+        checkpoint.published_config(reader.cfg, dtypes["embed.kernel"].name),
         {path: dtype.name for path, dtype in dtypes.items()},
         source_layout=reader.layout,
         beside=reader.directory,

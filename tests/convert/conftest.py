@@ -26,19 +26,17 @@ def read_tensors(directory: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def write_tensors(directory: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes a single-file checkpoint by the safetensors library."""
+    """Writes a single-file checkpoint: the length of a JSON header, the header, the data."""
     names = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
-    safetensors.serialize_file(
-        {
-            key: {
-                "dtype": {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[names[a.dtype]],
-                "shape": list(a.shape),
-                "data": np.ascontiguousarray(a).tobytes(),
-            }
-            for key, a in tensors.items()
-        },
-        str(directory / "model.safetensors"),
-    )
+    header, data, at = {}, [], 0
+    for key, array in tensors.items():
+        entry = {"dtype": names[array.dtype], "shape": list(array.shape)}
+        header[key] = entry | {"data_offsets": [at, at + array.nbytes]}
+        data.append(np.ascontiguousarray(array).tobytes())
+        at += array.nbytes
+    encoded = json.dumps(header).encode()
+    content = [len(encoded).to_bytes(8, "little"), encoded, *data]
+    (directory / "model.safetensors").write_bytes(b"".join(content))
 
 
 def same_bytes(first: pathlib.Path, second: pathlib.Path) -> bool:
