@@ -1,13 +1,11 @@
-"""Frozen dataclasses that say what a model is and on which mesh it runs.
-
-`ModelConfig` reads and writes the published `config.json` of the LLaDA2 family. Field names are the
-published ones wherever the published name exists.
-"""
+"""`ModelConfig`: what a model is, read from and written to the published `config.json`."""
 
 import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any, Self
+
+from llada_jax.config import presets, rope
 
 # Values of `model_type` that name this architecture: the published one, dFactory's for
 # checkpoints with merged experts, and dllm's for its copy of LLaDA2.1.
@@ -55,61 +53,6 @@ SUPPORTED_VALUES: Mapping[str, tuple[Any, ...]] = {
 }
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """How rotary frequencies are stretched beyond the trained context.
-
-    Attributes:
-      kind: "linear" or "yarn" (arXiv:2309.00071).
-      factor: context length over trained context length, >= 1.
-      original_max_position_embeddings: trained context in tokens; None means the model's
-        `max_position_embeddings` (yarn only).
-      beta_fast: rotations above which a frequency is kept as it is (yarn only).
-      beta_slow: rotations below which a frequency is divided by `factor` (yarn only).
-      attention_factor: factor on cos and sin; None means 0.1 ln(factor) + 1 (yarn only).
-      mscale: numerator and `mscale_all_dim` denominator of the DeepSeek form of that factor.
-      mscale_all_dim: see `mscale`.
-      truncate: whether the ends of the ramp are rounded to whole channels (yarn only).
-    """
-
-    kind: str
-    factor: float
-    original_max_position_embeddings: int | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("linear", "yarn"):
-            raise ValueError(
-                f"rope_scaling: type {self.kind!r} is not supported; use 'linear', 'yarn' or null"
-            )
-        if not self.factor >= 1:
-            raise ValueError(f"rope_scaling: factor {self.factor} must be a number >= 1")
-
-    @classmethod
-    def from_hf(cls, scaling: Mapping[str, Any] | None) -> Self | None:
-        """Reads the `rope_scaling` entry of a config.json (`rope_type` or the older `type`)."""
-        if scaling is None:
-            return None
-        if not isinstance(scaling, Mapping):
-            raise ValueError(f"rope_scaling: {scaling!r} is neither null nor an object")
-        kind = scaling.get("rope_type", scaling.get("type"))
-        if kind == "default":
-            return None
-        names = {f.name for f in dataclasses.fields(cls)} - {"kind"}
-        unknown = set(scaling) - names - {"rope_type", "type"}
-        if unknown:
-            raise ValueError(f"rope_scaling: keys {sorted(unknown)} are not supported")
-        if "factor" not in scaling:
-            raise ValueError("rope_scaling: factor is missing")
-        given = {k: v for k, v in scaling.items() if k in names and v is not None}
-        return cls(kind=str(kind), **given)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,7 +115,7 @@ class ModelConfig:
     topk_group: int
     first_k_dense_replace: int
     routed_scaling_factor: float
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: rope.RopeScaling | None = None
     mask_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     tie_word_embeddings: bool = False
@@ -332,7 +275,7 @@ class ModelConfig:
             num_shared_experts=config["num_shared_experts"] or 0,
             head_dim=head_dim,
             partial_rotary_factor=factor,
-            rope_scaling=RopeScaling.from_hf(config.get("rope_scaling")),
+            rope_scaling=rope.RopeScaling.from_hf(config.get("rope_scaling")),
             mask_token_id=config.get("mask_token_id"),
             eos_token_ids=eos_ids,
             dtype=str(dtype).removeprefix("torch."),
@@ -346,7 +289,7 @@ class ModelConfig:
         Starts from the JSON object this config was read from, so that keys we do not read come
         back as they were, and writes each field that no longer agrees with it.
         """
-        out = json.loads(self.hf_json) or dict(_HF_CONSTANTS)
+        out = json.loads(self.hf_json) or dict(presets.HF_CONSTANTS)
         known = dataclasses.asdict(type(self).from_hf(out)) if "vocab_size" in out else {}
         for field in dataclasses.fields(self):
             name = field.name
@@ -362,7 +305,7 @@ class ModelConfig:
                 if value is not None:
                     out[name] = value
             elif name == "rope_scaling":
-                out[name] = _rope_scaling_to_hf(self.rope_scaling)
+                out[name] = rope.to_hf(self.rope_scaling)
             elif name == "dtype":
                 out["dtype" if "dtype" in out and "torch_dtype" not in out else "torch_dtype"] = (
                     value
@@ -378,203 +321,21 @@ class ModelConfig:
 
     def _plain(self, name: str) -> Any:
         value = getattr(self, name)
-        return dataclasses.asdict(value) if isinstance(value, RopeScaling) else value
+        return dataclasses.asdict(value) if isinstance(value, rope.RopeScaling) else value
 
     @classmethod
     def preset(cls, name: str) -> Self:
-        """The architecture of a published model: one of `PRESETS`.
+        """The architecture of a published model: one of `presets.PRESETS`.
 
         The 2.1 twins have the shapes of the 2.0 models; they are names of their own because their
         checkpoints, and the decoding they were trained for, differ.
         """
-        if name not in PRESETS:
-            raise ValueError(f"preset {name!r} is not one of {sorted(PRESETS)}")
-        return cls.from_hf({**_HF_CONSTANTS, **PRESETS[name]})
+        if name not in presets.PRESETS:
+            raise ValueError(f"preset {name!r} is not one of {sorted(presets.PRESETS)}")
+        return cls.from_hf({**presets.HF_CONSTANTS, **presets.PRESETS[name]})
 
 
 def _boolean(config: Mapping[str, Any], key: str) -> bool:
     if not isinstance(config[key], bool):
         raise ValueError(f"{key}: {config[key]!r} must be true or false")
     return config[key]
-
-
-def _rope_scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    if scaling is None:
-        return None
-    defaults = {f.name: f.default for f in dataclasses.fields(RopeScaling)}
-    given = {k: v for k, v in dataclasses.asdict(scaling).items() if v != defaults[k]}
-    return {"rope_type": given.pop("kind"), **given}
-
-
-# What every published LLaDA2.0 and 2.1 config.json says alike.
-_HF_CONSTANTS: Mapping[str, Any] = {
-    "architectures": ["LLaDA2MoeModelLM"],
-    "model_type": "llada2_moe",
-    "attention_dropout": 0.0,
-    "embedding_dropout": 0.0,
-    "output_dropout": 0.0,
-    "hidden_act": "silu",
-    "initializer_range": 0.02,
-    "max_window_layers": 28,
-    "moe_router_enable_expert_bias": True,
-    "norm_head": False,
-    "norm_softmax": False,
-    "norm_topk_prob": True,
-    "output_router_logits": False,
-    "partial_rotary_factor": 0.5,
-    "rms_norm_eps": 1e-6,
-    "rope_scaling": None,
-    "router_dtype": "fp32",
-    "score_function": "sigmoid",
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "use_bias": False,
-    "use_cache": False,
-    "use_qkv_bias": False,
-    "use_rmsnorm": True,
-    "use_sliding_window": False,
-    "using_split_qkv_in_self_attention": False,
-}
-
-_PUBLISHED: Mapping[str, Any] = {
-    "vocab_size": 157184,
-    "pad_token_id": 156892,
-    "eos_token_id": 156892,
-    "mask_token_id": 156895,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "rotary_dim": 64,
-    "num_experts": 256,
-    "num_experts_per_tok": 8,
-    "num_shared_experts": 1,
-    "n_group": 8,
-    "topk_group": 4,
-    "first_k_dense_replace": 1,
-    "routed_scaling_factor": 2.5,
-    "rope_theta": 600000,
-    "max_position_embeddings": 32768,
-}
-
-_MINI = _PUBLISHED | {
-    "hidden_size": 2048,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 20,
-    "num_attention_heads": 16,
-    "moe_intermediate_size": 512,
-}
-
-_FLASH = _PUBLISHED | {
-    "hidden_size": 4096,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "moe_intermediate_size": 1024,
-}
-
-# The size our tests use: every part switched on, a few hundred thousand parameters.
-_TINY: Mapping[str, Any] = {
-    "vocab_size": 256,
-    "pad_token_id": 252,
-    "eos_token_id": 252,
-    "mask_token_id": 255,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "rotary_dim": 8,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "num_shared_experts": 1,
-    "moe_intermediate_size": 32,
-    "n_group": 4,
-    "topk_group": 2,
-    "first_k_dense_replace": 1,
-    "routed_scaling_factor": 2.5,
-    "rope_theta": 600000,
-    "max_position_embeddings": 512,
-    "torch_dtype": "float32",
-}
-
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "tiny": _TINY,
-    "mini": _MINI,
-    "mini-2.1": _MINI,
-    "flash": _FLASH,
-    "flash-2.1": _FLASH,
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-    """Devices along each mesh axis, outermost first.
-
-    Attributes:
-      data: copies of the model that see different rows.
-      fsdp: ranks that see different rows and share the parameters between them when training.
-      expert: ranks that hold different experts.
-      tensor: ranks that hold different heads, MLP channels and vocabulary rows.
-    """
-
-    data: int = 1
-    fsdp: int = 1
-    expert: int = 1
-    tensor: int = 1
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
-                raise ValueError(
-                    f"mesh axis {field.name}: {getattr(self, field.name)} must be >= 1"
-                )
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """Axis sizes in mesh order."""
-        return (self.data, self.fsdp, self.expert, self.tensor)
-
-    @property
-    def num_devices(self) -> int:
-        """Devices that the mesh takes."""
-        return self.data * self.fsdp * self.expert * self.tensor
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Reads "data,fsdp,expert,tensor", for example "2,1,2,2"."""
-        parts = text.replace("x", ",").strip("()").split(",")
-        try:
-            sizes = [int(p) for p in parts]
-        except ValueError:
-            sizes = []
-        if len(sizes) != 4:
-            raise ValueError(
-                f"mesh {text!r}: give four sizes, data,fsdp,expert,tensor, for example 1,1,8,1"
-            )
-        return cls(**dict(zip(("data", "fsdp", "expert", "tensor"), sizes, strict=True)))
-
-    def validate(self, model: ModelConfig) -> None:
-        """Checks that every sharded dimension of the model divides.
-
-        Raises:
-          ValueError: names the field, its size, and the axis that does not divide it.
-        """
-        sizes = [
-            ("num_attention_heads", model.num_attention_heads, "tensor"),
-            ("num_key_value_heads", model.num_key_value_heads, "tensor"),
-            ("vocab_size", model.vocab_size, "tensor"),
-            ("hidden_size", model.hidden_size, "fsdp"),
-        ]
-        if model.first_k_dense_replace:
-            sizes.append(("intermediate_size", model.intermediate_size, "tensor"))
-        if model.num_moe_layers:
-            sizes += [
-                ("num_experts", model.num_experts, "expert"),
-                ("moe_intermediate_size", model.moe_intermediate_size, "tensor"),
-            ]
-        for name, size, axis in sizes:
-            if size % getattr(self, axis):
-                raise ValueError(
-                    f"{name}: {size} is not divisible by the {getattr(self, axis)} devices of mesh "
-                    f"axis {axis!r}; choose a mesh whose {axis} size divides it"
-                )

@@ -1,0 +1,8 @@
+"""Frozen dataclasses that say what is built and run: the model, the mesh, the training run."""
+
+from llada_jax.config.mesh import MeshConfig
+from llada_jax.config.model import DTYPES, ModelConfig
+from llada_jax.config.presets import PRESETS
+from llada_jax.config.rope import RopeScaling
+
+__all__ = ["DTYPES", "PRESETS", "MeshConfig", "ModelConfig", "RopeScaling"]
