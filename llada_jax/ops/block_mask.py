@@ -1,0 +1,43 @@
+"""Who may attend to whom in block-diffusion training, from three tags per position.
+
+The three-part mask of BD3-LM (arXiv:2503.09573, section 3.1) within documents, as LLaDA2.0
+(arXiv:2512.15745, section 4) trains with it: a predicate, and its dense form.
+"""
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Int
+
+
+@struct.dataclass
+class MaskTags:
+    """What decides a position's attention.
+
+    Attributes:
+      segment: [B, S], document of the row, from 1; 0 is padding, which only padding sees.
+      block: [B, S], diffusion block, counted from the document's start.
+      is_clean: [B, S], True in the clean copy x_0, False in the noised copy x_t.
+    """
+
+    segment: Int[Array, "B S"]
+    block: Int[Array, "B S"]
+    is_clean: Bool[Array, "B S"]
+
+
+def allowed(query: MaskTags, key: MaskTags) -> Bool[Array, "B T S"]:
+    """True where the query may attend to the key; every position may attend to itself.
+
+    Within a document a noised position sees its own noised block and the clean blocks before it;
+    a clean position sees the clean blocks up to its own.
+    """
+    is_same_document = query.segment[:, :, None] == key.segment[:, None, :]
+    query_block, key_block = query.block[:, :, None], key.block[:, None, :]
+    query_is_clean, key_is_clean = query.is_clean[:, :, None], key.is_clean[:, None, :]
+    from_noised = jnp.where(key_is_clean, key_block < query_block, key_block == query_block)
+    from_clean = key_is_clean & (key_block <= query_block)
+    return is_same_document & jnp.where(query_is_clean, from_clean, from_noised)
+
+
+def dense(tags: MaskTags) -> Bool[Array, "B S S"]:
+    """The whole mask, for short sequences and tests."""
+    return allowed(tags, tags)
