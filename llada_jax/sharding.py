@@ -84,11 +84,15 @@ def make_mesh(
     )
 
 
+def axis_names(axes: MeshAxes) -> tuple[str, ...]:
+    """The mesh axes of a rule, as collectives take them; none for a dimension kept whole."""
+    return (axes,) if isinstance(axes, str) else axes or ()
+
+
 def axis_size(axes: MeshAxes) -> int:
     """Number of shards along these axes of the current mesh."""
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
-    names = (axes,) if isinstance(axes, str) else axes or ()
     total = 1
-    for name in names:
+    for name in axis_names(axes):
         total *= sizes[name]
     return total

@@ -70,7 +70,7 @@ def expert_mlp(
             group_offset=layer * experts,
             implementation=implementation,
         )
-        axes = _names(rules.expert) + _names(rules.mlp)
+        axes = sharding.axis_names(rules.expert) + sharding.axis_names(rules.mlp)
         out = jax.lax.psum(out, axes) if axes else out
         return out.astype(x.dtype).reshape(x.shape)
 
@@ -136,9 +136,5 @@ def _sorted_positions(
     return jnp.where(groups < num_groups, positions, jnp.iinfo(jnp.int32).max), sizes
 
 
-def _names(axes: sharding.MeshAxes) -> tuple[str, ...]:
-    return (axes,) if isinstance(axes, str) else axes or ()
-
-
 def _rank(axes: sharding.MeshAxes) -> Array:
-    return jax.lax.axis_index(_names(axes)) if axes else jnp.int32(0)
+    return jax.lax.axis_index(sharding.axis_names(axes)) if axes else jnp.int32(0)
