@@ -1,6 +1,14 @@
-"""Which positions may attend to which: block-causal attention, as a predicate and as an array."""
+"""Which positions may attend to which, in sampling as arrays and in training as tags.
 
+The training masks are `ops.block_mask.MaskTags`, from which the dense and the tiled attention take
+what they need. Positions count from the start of a document, so that a document's blocks are the
+same wherever in a row it was packed.
+"""
+
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
+
+from llada_jax.ops import block_mask
 
 
 def block_causal(
@@ -13,3 +21,34 @@ def block_causal(
     """
     query_blocks = query_positions[:, :, None] // block_length
     return key_positions[:, None, :] // block_length <= query_blocks
+
+
+def block_diffusion(
+    segments: Int[Array, "B L"], positions: Int[Array, "B L"], block_length: int
+) -> block_mask.MaskTags:
+    """Tags of [x_t ; x_0]: the noised copy, then the clean one, each of length L."""
+    blocks = positions // block_length
+    is_noised = jnp.zeros_like(segments, bool)
+    return block_mask.MaskTags(
+        segment=jnp.concatenate([segments, segments], axis=1),
+        block=jnp.concatenate([blocks, blocks], axis=1),
+        is_clean=jnp.concatenate([is_noised, ~is_noised], axis=1),
+    )
+
+
+def masked_diffusion(segments: Int[Array, "B L"]) -> block_mask.MaskTags:
+    """Tags of x_t alone, where a document is one block: everything in it sees everything."""
+    return block_mask.MaskTags(
+        segment=segments,
+        block=jnp.zeros_like(segments),
+        is_clean=jnp.zeros_like(segments, bool),
+    )
+
+
+def autoregressive(
+    segments: Int[Array, "B L"], positions: Int[Array, "B L"]
+) -> block_mask.MaskTags:
+    """Tags of x_0 alone with blocks of one token: causal attention within documents."""
+    return block_mask.MaskTags(
+        segment=segments, block=positions, is_clean=jnp.ones_like(segments, bool)
+    )
