@@ -6,6 +6,8 @@ formulation which reads one matrix at a time never copies a layer's share first.
 Dimension letters: `M` rows, `G` groups, `A` all matrices of the stack.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -61,7 +63,7 @@ def grouped_mlp(
       group_offset: index in the stacks of the first group's matrices.
       row_alignment: see the function of that name.
       implementation: "ragged_dot" (`lax.ragged_dot`: a grouped kernel on TPUs) or "blocks" (a loop
-        over blocks of rows, fast on CPUs; it has no reverse mode).
+        over blocks of rows, fast on CPUs; its reverse mode keeps no activations).
     """
     if implementation == "ragged_dot":
         return _ragged_dot(x[sources], (gate_proj, up_proj, down_proj), group_sizes, group_offset)
@@ -88,6 +90,7 @@ def _ragged_dot(
     return jax.lax.ragged_dot(hidden, down, group_sizes)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _blocks(
     x: Array,
     sources: Array,
@@ -96,10 +99,7 @@ def _blocks(
     group_offset: Array | int,
     block_rows: int,
 ) -> Array:
-    num_rows = sources.shape[0]
-    ends = jnp.cumsum(group_sizes)
-    starts = jnp.arange(0, num_rows, block_rows)
-    groups = jnp.searchsorted(ends, starts, side="right").astype(jnp.int32) + group_offset
+    groups, num_blocks = _groups_of_blocks(sources, group_sizes, group_offset, block_rows)
 
     def body(i: Array, out: Array) -> Array:
         gate, up, down = (
@@ -109,7 +109,65 @@ def _blocks(
         product = jnp.dot(activations.swiglu(jnp.dot(rows, gate), jnp.dot(rows, up)), down)
         return jax.lax.dynamic_update_slice_in_dim(out, product, i * block_rows, 0)
 
-    # The trip count is the number of blocks in use, not the worst case.
-    return jax.lax.fori_loop(
-        0, ends[-1] // block_rows, body, jnp.zeros((num_rows, x.shape[1]), x.dtype)
+    out = jnp.zeros((sources.shape[0], x.shape[1]), x.dtype)
+    return jax.lax.fori_loop(0, num_blocks, body, out)
+
+
+def _groups_of_blocks(
+    sources: Array, group_sizes: Array, group_offset: Array | int, block_rows: int
+) -> tuple[Array, Array]:
+    """Each block's matrices, and how many blocks are in use: the trip count, not the worst case."""
+    ends = jnp.cumsum(group_sizes)
+    starts = jnp.arange(0, sources.shape[0], block_rows)
+    groups = jnp.searchsorted(ends, starts, side="right").astype(jnp.int32) + group_offset
+    return groups, ends[-1] // block_rows
+
+
+def _blocks_forward(x, sources, matrices, group_sizes, group_offset, block_rows):
+    out = _blocks(x, sources, matrices, group_sizes, group_offset, block_rows)
+    return out, (x, sources, matrices, group_sizes, group_offset)
+
+
+def _blocks_backward(block_rows, residuals, d_out):
+    """Computes each block again, and adds to its rows' and its group's gradients in place.
+
+    Rows without a group have no block, so what a caller sends back for them is not read. The
+    matrices' gradients are sums over blocks in float32: a group may have many.
+    """
+    x, sources, matrices, group_sizes, group_offset = residuals
+    groups, num_blocks = _groups_of_blocks(sources, group_sizes, group_offset, block_rows)
+
+    def body(i: Array, gradients: tuple[Array, tuple[Array, ...]]):
+        d_x, d_matrices = gradients
+        gate, up, down = (
+            jax.lax.dynamic_index_in_dim(w, groups[i], keepdims=False) for w in matrices
+        )
+        tokens = jax.lax.dynamic_slice_in_dim(sources, i * block_rows, block_rows)
+        rows = x[tokens]
+        d_product = jax.lax.dynamic_slice_in_dim(d_out, i * block_rows, block_rows)
+        hidden, pull = jax.vjp(activations.swiglu, jnp.dot(rows, gate), jnp.dot(rows, up))
+        d_gated, d_upped = pull(jnp.dot(d_product, down.T))
+        d_rows = jnp.dot(d_gated, gate.T) + jnp.dot(d_upped, up.T)
+        news = ((rows, d_gated), (rows, d_upped), (hidden, d_product))
+        d_matrices = tuple(
+            jax.lax.dynamic_update_index_in_dim(
+                total,
+                jax.lax.dynamic_index_in_dim(total, groups[i], keepdims=False)
+                + jnp.dot(left.T, right, preferred_element_type=jnp.float32),
+                groups[i],
+                0,
+            )
+            for total, (left, right) in zip(d_matrices, news, strict=True)
+        )
+        return d_x.at[tokens].add(d_rows.astype(jnp.float32)), d_matrices
+
+    zeros = (
+        jnp.zeros(x.shape, jnp.float32),
+        tuple(jnp.zeros(w.shape, jnp.float32) for w in matrices),
     )
+    d_x, d_matrices = jax.lax.fori_loop(0, num_blocks, body, zeros)
+    d_matrices = tuple(d.astype(w.dtype) for d, w in zip(d_matrices, matrices, strict=True))
+    return d_x.astype(x.dtype), None, d_matrices, None, None
+
+
+_blocks.defvjp(_blocks_forward, _blocks_backward)
