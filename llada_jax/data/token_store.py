@@ -1,0 +1,258 @@
+"""Tokenized documents on disk: ArrayRecord shards, an index of lengths, and what they are.
+
+    DIRECTORY/meta.json                     tokenizer, vocabulary, end token, shards and counts
+    DIRECTORY/lengths.u32                   tokens of each document, little-endian uint32
+    DIRECTORY/tokens-00000.array_record     one record for a document
+
+A record is the document's tokens, little-endian uint16 or uint32, and in a store with targets a bit
+for each token after them, the first in the highest place: whether it is to be learnt. The index is
+memory-mapped, so a store opens at once whatever its size, and packing looks at no record.
+"""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from jaxtyping import Bool, Int, UInt32
+
+FORMAT_NAME = "llada_jax tokens"
+FORMAT_VERSION = 1
+META_FILE = "meta.json"
+LENGTHS_FILE = "lengths.u32"
+# Sixteen documents are compressed together: half the size of single ones, and a document is still
+# read within some ten microseconds.
+_WRITER_OPTIONS = "group_size:16,zstd:3"
+_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+
+
+class Document(NamedTuple):
+    """Tokens, and which of them are to be learnt."""
+
+    tokens: Int[np.ndarray, " T"]
+    is_target: Bool[np.ndarray, " T"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One ArrayRecord file of a store."""
+
+    name: str
+    num_documents: int
+    num_tokens: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoreMeta:
+    """What a store holds.
+
+    Attributes:
+      tokenizer: fingerprint of the tokenizer, see `tokenizer_files.fingerprint`.
+      vocab_size: the largest token id plus one.
+      eos_id: the token that ends a document, if the tokenizer has one.
+      has_eos: whether documents end with it, except those that were cut.
+      has_targets: whether each document says which of its tokens are to be learnt; else all are.
+      shards: the files, in order.
+    """
+
+    tokenizer: str
+    vocab_size: int
+    eos_id: int | None
+    has_eos: bool
+    has_targets: bool
+    shards: tuple[Shard, ...] = ()
+
+    @property
+    def token_dtype(self) -> np.dtype:
+        """How tokens are stored: uint16 where the vocabulary fits."""
+        return np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of all shards."""
+        return sum(shard.num_documents for shard in self.shards)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all shards."""
+        return sum(shard.num_tokens for shard in self.shards)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of meta.json."""
+        return {
+            "format": FORMAT_NAME,
+            "version": FORMAT_VERSION,
+            "num_documents": self.num_documents,
+            "num_tokens": self.num_tokens,
+            "token_dtype": self.token_dtype.name,
+            **dataclasses.asdict(self),
+        }
+
+    @classmethod
+    def read(cls, directory: pathlib.Path) -> Self:
+        """Reads a store's meta.json.
+
+        Raises:
+          ValueError: there is none, or it is of another format.
+        """
+        path = directory / META_FILE
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            found = content.get("format"), content.get("version")
+            if found != (FORMAT_NAME, FORMAT_VERSION):
+                raise ValueError(f"format {found}, expected {(FORMAT_NAME, FORMAT_VERSION)}")
+            names = {field.name for field in dataclasses.fields(cls)}
+            values = {name: content[name] for name in names}
+            values["shards"] = tuple(Shard(**shard) for shard in content["shards"])
+            return cls(**values)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{path}: no such file; give a directory that `llada-data` wrote to its end"
+            ) from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{path}: no description of a token store ({error}); make it again with llada-data"
+            ) from error
+
+
+class TokenStore:
+    """A store that is read: any document, in any order."""
+
+    def __init__(self, directory: str | pathlib.Path):
+        self.directory = pathlib.Path(directory)
+        self.meta = StoreMeta.read(self.directory)
+        path = self.directory / LENGTHS_FILE
+        found = path.stat().st_size if path.is_file() else None
+        if found != 4 * self.meta.num_documents:
+            size = "missing" if found is None else f"{found} bytes"
+            raise ValueError(
+                f"{path}: {size}, expected 4 bytes for each of the {self.meta.num_documents} "
+                "documents; copy the store again"
+            )
+        # Nothing can be mapped of an empty file.
+        self.lengths: UInt32[np.ndarray, " M"] = (
+            np.memmap(path, dtype="<u4", mode="r") if found else np.zeros(0, "<u4")
+        )
+        counts = [shard.num_documents for shard in self.meta.shards]
+        self._starts = np.array([0, *itertools.accumulate(counts)])
+        self._readers: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return self.meta.num_documents
+
+    def read(self, documents: Sequence[int]) -> list[Document]:
+        """Returns documents by number, in the order asked for.
+
+        Raises:
+          ValueError: a shard is damaged.
+        """
+        wanted = np.asarray(documents, np.int64)
+        shards = np.searchsorted(self._starts, wanted, side="right") - 1
+        found: dict[int, Document] = {}
+        for shard in np.unique(shards).tolist():
+            (places,) = np.nonzero(shards == shard)
+            records = self._reader(shard).read((wanted[places] - self._starts[shard]).tolist())
+            for place, record in zip(places.tolist(), records, strict=True):
+                found[place] = self._decode(int(wanted[place]), record)
+        return [found[place] for place in range(len(wanted))]
+
+    def _reader(self, shard: int) -> Any:
+        if shard not in self._readers:
+            from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
+
+            path = self.directory / self.meta.shards[shard].name
+            if not path.is_file():
+                raise ValueError(f"{path}: no such file; copy the store again")
+            reader = array_record_module.ArrayRecordReader(str(path), _READER_OPTIONS)
+            expected = self.meta.shards[shard].num_documents
+            if reader.num_records() != expected:
+                raise ValueError(
+                    f"{path}: {reader.num_records()} records, {META_FILE} says {expected}; copy "
+                    "the store again"
+                )
+            self._readers[shard] = reader
+        return self._readers[shard]
+
+    def _decode(self, document: int, record: bytes) -> Document:
+        length, dtype = int(self.lengths[document]), self.meta.token_dtype
+        num_token_bytes = length * dtype.itemsize
+        num_bit_bytes = -(-length // 8) if self.meta.has_targets else 0
+        if len(record) != num_token_bytes + num_bit_bytes:
+            raise ValueError(
+                f"{self.directory}: document {document} has {len(record)} bytes, its {length} "
+                f"tokens take {num_token_bytes + num_bit_bytes}; copy the store again"
+            )
+        tokens = np.frombuffer(record, dtype, length).astype(np.int32)
+        if not self.meta.has_targets:
+            return Document(tokens, np.ones(length, bool))
+        bits = np.frombuffer(record, np.uint8, offset=num_token_bytes)
+        return Document(tokens, np.unpackbits(bits, count=length).astype(bool))
+
+
+class ShardWriter:
+    """Writes one shard and its lengths; the same documents give the same bytes."""
+
+    def __init__(self, path: pathlib.Path, meta: StoreMeta):
+        from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
+
+        self._path = path
+        self._meta = meta
+        self._writer = array_record_module.ArrayRecordWriter(str(path), _WRITER_OPTIONS)
+        self.lengths: list[int] = []
+
+    def write(self, tokens: Sequence[int], is_target: Sequence[bool] | None = None) -> None:
+        """Appends a document."""
+        array = np.asarray(tokens, np.int64)
+        if not array.size or array.min() < 0 or array.max() >= self._meta.vocab_size:
+            raise ValueError(
+                f"a document of {array.size} tokens, of which all must be >= 0 and < "
+                f"{self._meta.vocab_size}, the size of the vocabulary"
+            )
+        record = array.astype(self._meta.token_dtype).tobytes()
+        if self._meta.has_targets:
+            bits = np.ones(array.size, bool) if is_target is None else np.asarray(is_target, bool)
+            if bits.shape != array.shape:
+                raise ValueError(f"{bits.size} targets for {array.size} tokens")
+            record += np.packbits(bits).tobytes()
+        self._writer.write(record)
+        self.lengths.append(array.size)
+
+    def close(self) -> Shard:
+        """Finishes the file; returns what meta.json says of it."""
+        self._writer.close()
+        return Shard(
+            name=self._path.name, num_documents=len(self.lengths), num_tokens=sum(self.lengths)
+        )
+
+
+def write_lengths(path: pathlib.Path, lengths: Iterable[int]) -> None:
+    """Writes an index of lengths, of a shard or of a whole store."""
+    path.write_bytes(np.fromiter(lengths, "<u4").tobytes())
+
+
+def write_meta(directory: pathlib.Path, meta: StoreMeta) -> None:
+    """Writes meta.json, which makes a directory a store."""
+    text = json.dumps(meta.to_json(), indent=2) + "\n"
+    (directory / META_FILE).write_text(text, encoding="utf-8")
+
+
+def write_store(
+    directory: str | pathlib.Path,
+    documents: Iterable[Sequence[int] | Document],
+    meta: StoreMeta,
+) -> None:
+    """Writes documents that are in memory as a store of one shard; for experiments and tests."""
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True)
+    writer = ShardWriter(directory / "tokens-00000.array_record", meta)
+    for document in documents:
+        if isinstance(document, Document):
+            writer.write(document.tokens.tolist(), document.is_target.tolist())
+        else:
+            writer.write(document)
+    shard = writer.close()
+    write_lengths(directory / LENGTHS_FILE, writer.lengths)
+    write_meta(directory, dataclasses.replace(meta, shards=(shard,)))
