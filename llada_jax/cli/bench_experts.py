@@ -31,6 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measures and returns the figures."""
+    if args.repeats < 1 or min(args.tokens) < 1:
+        raise ValueError(f"--repeats {args.repeats} and --tokens {args.tokens}: all must be >= 1")
+    if not 1 <= args.experts_per_token <= args.experts:
+        raise ValueError(
+            f"--experts-per-token: {args.experts_per_token} must lie between 1 and --experts "
+            f"{args.experts}"
+        )
     keys = iter(jax.random.split(jax.random.key(0), 8))
     experts, hidden, width = args.experts, args.hidden_size, args.expert_width
     shapes = ((experts, hidden, width), (experts, hidden, width), (experts, width, hidden))

@@ -53,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measures and returns the figures."""
+    for name in ("heads", "batch", "prompt_length", "gen_length", "block_length", "repeats"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: {getattr(args, name)} must be >= 1")
     cfg = _model_config(args)
     mesh_config = config.MeshConfig.parse(args.mesh)
     mesh_config.validate(cfg)
@@ -62,9 +65,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     implementation = args.grouped_matmul or grouped_matmul.default_implementation(
         mesh.devices.flat[0].platform
     )
-    with jax.set_mesh(mesh):
-        model = _random_model(cfg, implementation, args.seed, args.logit_std)
-    generator = generate.Generator(model, mesh, max_batch=args.batch)
     changes = {"threshold": args.threshold, "steps": args.steps}
     params = generate.SamplingParams.create(
         strategy=args.strategy,
@@ -73,6 +73,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         seed=args.seed,
         **{name: value for name, value in changes.items() if value is not None},
     )
+    with jax.set_mesh(mesh):
+        model = _random_model(cfg, implementation, args.seed, args.logit_std)
+    generator = generate.Generator(model, mesh, max_batch=args.batch)
     rng = np.random.default_rng(args.seed)
     prompts = rng.integers(0, cfg.vocab_size - 8, (args.batch, args.prompt_length)).tolist()
 

@@ -23,6 +23,7 @@ def figures(capsys, *argv: str) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [["--steps", "3"], ["--strategy", "quality", "--batch", "2"]], ids=["fixed", "joint"]
 )
@@ -64,6 +65,7 @@ def test_cached_and_uncached_generate_the_same(capsys, options):
     assert got["peak_memory_bytes"] > 10**7
 
 
+@pytest.mark.slow
 def test_a_mesh_and_a_table_and_a_file(capsys, tmp_path):
     file = tmp_path / "figures.json"
     options = ["--steps", "2", "--mesh", "1,1,2,1", "--json", str(file)]
@@ -101,6 +103,8 @@ def test_experts(capsys):
         (["--threshold", "2", "--strategy", "threshold", "--steps", "3"], "steps: unknown"),
         (["--kv-heads", "3"], "num_key_value_heads: 3"),
         (["--experts-per-token", "5"], "num_experts_per_tok: 5"),
+        (["--heads", "0"], "--heads: 0 must be >= 1"),
+        (["--repeats", "0"], "--repeats: 0 must be >= 1"),
     ],
 )
 def test_mistakes_are_errors_and_status_2(capsys, options, wanted):
@@ -109,6 +113,15 @@ def test_mistakes_are_errors_and_status_2(capsys, options, wanted):
     assert captured.err.startswith("error: ")
     assert wanted in captured.err
     assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "wanted"),
+    [(["--repeats", "0"], "--repeats 0"), (["--experts", "2"], "--experts-per-token: 4")],
+)
+def test_mistakes_in_the_experts_sizes(capsys, argv, wanted):
+    assert bench.main(["experts", *argv]) == 2
+    assert wanted in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv", [[], ["nothing"], ["generate", "--compare", "torch"]])
