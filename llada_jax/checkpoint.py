@@ -77,9 +77,9 @@ def load_config(directory: PathLike) -> config.ModelConfig:
     """
     path = pathlib.Path(directory) / "config.json"
     try:
-        cfg = config.ModelConfig.from_hf(_read_json(path))
+        cfg = config.ModelConfig.from_hf(read_json(path))
         path = path.with_name("generation_config.json")
-        generation = _read_json(path) if path.is_file() else {}
+        generation = read_json(path) if path.is_file() else {}
         mask, eos = generation.get("mask_token_id"), generation.get("eos_token_id")
         if cfg.mask_token_id is None and mask is not None:
             cfg = cfg.replace(mask_token_id=mask)
@@ -248,7 +248,7 @@ def is_carried(name: str) -> bool:
 def check_model_directory(directory: pathlib.Path) -> None:
     """Raises a ValueError that says what a directory lacks to be a model directory."""
     if is_model_directory(directory):
-        description = _read_json(directory / DESCRIPTION_FILE)
+        description = read_json(directory / DESCRIPTION_FILE)
         if description.get("format") != FORMAT_NAME or description.get("version") != FORMAT_VERSION:
             raise ValueError(
                 f"{directory / DESCRIPTION_FILE}: format {description.get('format')!r} version "
@@ -310,7 +310,7 @@ def chunk_problems(params: pathlib.Path, stored: Mapping[str, StoredArray]) -> l
     if (params / "manifest.ocdbt").exists():
         return problems
     for path, array in stored.items():
-        if _read_json(params / path / ".zarray").get("compressor") is not None:
+        if read_json(params / path / ".zarray").get("compressor") is not None:
             continue
         num_bytes = math.prod(array.chunk_shape) * array.dtype.itemsize
         sizes = zip(array.shape, array.chunk_shape, strict=True)
@@ -432,7 +432,8 @@ def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file; a ValueError says what is wrong with it."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -3,6 +3,9 @@
 Each objective turns a batch of text into `Noised`; one function adds up its loss. Sums and counts
 are kept apart, so that a mean over the global batch is divided once (LLaDA2.0, arXiv:2512.15745,
 equations 1, 2 and 5).
+
+Dimension letters: `L` tokens of a row, `R` noised rows (2 B with complementary pairs, else B), `T`
+the network's input: 2 L with the clean half, else L.
 """
 
 import dataclasses
@@ -12,9 +15,13 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from llada_jax import sharding
 from llada_jax.diffusion import masks, noise
 from llada_jax.ops import block_mask, cross_entropy
+
+# `noise` is also a field's name, which hides the module from annotations in its class.
+Corruption = noise.Corruption
+
+_NO_LABEL = -100  # the reference trainer's label of what is not supervised
 
 
 @struct.dataclass
@@ -38,7 +45,10 @@ class Batch:
 
 @struct.dataclass
 class Noised:
-    """What the network sees and what it must predict. T is 2 L with the clean half, else L.
+    """What the network sees and what it must predict.
+
+    Its output at position i of the first L answers for `targets` at i; whoever predicts the next
+    token has the targets shifted.
 
     Attributes:
       tokens: [R, T] ids.
@@ -49,7 +59,8 @@ class Noised:
       weights: [R, L] of each prediction's negative log-likelihood; 0 where nothing is predicted.
       is_supervised: [R, L] where something is.
       is_target: [R, L] where something might be: what the likelihood bound is a mean over.
-      is_replaced: [R, L] supervised positions that show another token instead of [MASK].
+      is_replaced: [R, L] supervised targets in whose place a token stands instead of [MASK]:
+        another one, or itself where keeping it is supervised.
       row_keys: [R, 2] key data, for more noise of the row's own.
     """
 
@@ -69,17 +80,35 @@ class Noised:
 class BlockDiffusion:
     """Predict masked tokens from their own noised block and the clean blocks before it.
 
+    Both halves of [x_t ; x_0] go through the network at once (BD3-LM, arXiv:2503.09573, section
+    3.1).
+
     Attributes:
       block_length: tokens per block, counted from each document's start.
       noise: how text is noised.
+      target: "same": the [MASK] in place of a token predicts it, as in the released models. "next":
+        the position before it does, as in autoregressive checkpoints and in the reference trainer
+        with `same_token_labels: false`. A document's first token is then never predicted.
     """
 
     block_length: int
     noise: noise.NoiseConfig
+    target: str = "same"
+
+    def __post_init__(self) -> None:
+        _check_target(self.target)
+        if self.block_length < 1:
+            raise ValueError(f"block_length: {self.block_length} must be >= 1")
 
     def prepare(self, key: Array, batch: Batch) -> Noised:
         """Noises a whole batch; `key` is of the seed and the step."""
-        return _noised(key, batch, self.noise, self.block_length, has_clean_half=True)
+        return self.assemble(batch, _corrupt(key, batch, self.block_length, self.noise))
+
+    def assemble(self, batch: Batch, corruption: Corruption) -> Noised:
+        """The rows of a batch with a given corruption."""
+        batch = _repeat_rows(batch, corruption)
+        tags = masks.block_diffusion(batch.segments, batch.positions, self.block_length)
+        return _noised(batch, corruption, self.noise, tags, self.target, has_clean_half=True)
 
     def denominator(self, noised: Noised) -> Float[Array, ""]:
         """What the sum of the loss is divided by."""
@@ -92,13 +121,24 @@ class MaskedDiffusion:
 
     Attributes:
       noise: how text is noised. A "block" that shares a level is a document here.
+      target: as in `BlockDiffusion`.
     """
 
     noise: noise.NoiseConfig
+    target: str = "same"
+
+    def __post_init__(self) -> None:
+        _check_target(self.target)
 
     def prepare(self, key: Array, batch: Batch) -> Noised:
         """Noises a whole batch; `key` is of the seed and the step."""
-        return _noised(key, batch, self.noise, batch.tokens.shape[1], has_clean_half=False)
+        return self.assemble(batch, _corrupt(key, batch, None, self.noise))
+
+    def assemble(self, batch: Batch, corruption: Corruption) -> Noised:
+        """The rows of a batch with a given corruption."""
+        batch = _repeat_rows(batch, corruption)
+        tags = masks.masked_diffusion(batch.segments)
+        return _noised(batch, corruption, self.noise, tags, self.target, has_clean_half=False)
 
     def denominator(self, noised: Noised) -> Float[Array, ""]:
         """What the sum of the loss is divided by."""
@@ -107,7 +147,7 @@ class MaskedDiffusion:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Autoregressive:
-    """Predict each token from those before it in its document.
+    """Predict each token from those before it in its document; nothing is drawn.
 
     Attributes:
       target: "next": position i predicts token i + 1, as autoregressive checkpoints do. "same":
@@ -120,50 +160,36 @@ class Autoregressive:
     mask_id: int
 
     def __post_init__(self) -> None:
-        if self.target not in ("next", "same"):
-            raise ValueError(f"target: {self.target!r} is not 'next' or 'same'")
+        _check_target(self.target)
 
     def prepare(self, key: Array, batch: Batch) -> Noised:
-        """Targets of a whole batch; nothing is drawn."""
-        batch = _replicated(batch)
-        keys = jax.vmap(jax.random.key_data)(noise.row_keys(key, batch.example_ids))
-        nothing = jnp.zeros_like(batch.is_target)
-        if self.target == "same":
-            out = _two_halves(
-                batch,
-                tokens=jnp.where(batch.is_target, self.mask_id, batch.tokens),
-                is_masked=batch.is_target,
-                weights=batch.is_target.astype(jnp.float32),
-                is_supervised=batch.is_target,
-                is_replaced=nothing,
-                row_keys=keys,
-                block_length=1,
-            )
-            return _sharded(out)
-
-        def ahead(x: Array) -> Array:
-            return jnp.concatenate([x[:, 1:], jnp.zeros_like(x[:, :1])], axis=1)
-
-        is_same = (ahead(batch.segments) == batch.segments) & (batch.segments != 0)
-        is_supervised = ahead(batch.is_target) & is_same
-        return _sharded(
-            Noised(
-                tokens=batch.tokens,
-                positions=batch.positions,
-                tags=masks.autoregressive(batch.segments, batch.positions),
-                is_masked=nothing,
-                targets=ahead(batch.tokens),
-                weights=is_supervised.astype(jnp.float32),
-                is_supervised=is_supervised,
-                is_target=is_supervised,
-                is_replaced=nothing,
-                row_keys=keys,
-            )
+        """Targets of a whole batch; `key` is kept for noise on the embeddings."""
+        is_target = batch.is_target & (batch.segments != 0)
+        has_clean_half = self.target == "same"
+        nothing = jnp.zeros_like(is_target)
+        tokens, tags = batch.tokens, masks.autoregressive(batch.segments, batch.positions)
+        if has_clean_half:
+            tokens = jnp.where(is_target, jnp.asarray(self.mask_id, tokens.dtype), tokens)
+            tags = masks.block_diffusion(batch.segments, batch.positions, 1)
+        corruption = noise.Corruption(
+            level=jnp.ones_like(is_target, jnp.float32),
+            is_masked=is_target,
+            tokens=tokens,
+            is_replaced=nothing,
+            is_kept=nothing,
+            row_keys=noise.row_keys(key, batch.example_ids),
         )
+        choices = noise.NoiseConfig(mask_id=self.mask_id, vocab_size=self.mask_id + 1)
+        noised = _noised(
+            batch, corruption, choices, tags, self.target, has_clean_half=has_clean_half
+        )
+        if has_clean_half:
+            return noised
+        return dataclasses.replace(noised, is_masked=nothing)
 
     def denominator(self, noised: Noised) -> Float[Array, ""]:
         """The number of predictions."""
-        return _denominator(noised, "masked")
+        return _denominator(noised, "targets")
 
 
 Objective = BlockDiffusion | MaskedDiffusion | Autoregressive
@@ -173,15 +199,17 @@ Objective = BlockDiffusion | MaskedDiffusion | Autoregressive
 class LossSums:
     """Sums and counts over rows; those of several parts of a batch are added.
 
+    "Supervised" leaves out the editing stream, which is counted apart; only `nll_sum` has both.
+
     Attributes:
       nll_sum: of weight times negative log-likelihood.
       nll_unweighted_sum: of the negative log-likelihood where [MASK] or a next token is predicted.
-      entropy_sum: of the entropy where the prediction is right (dParallel's confidence term).
-      edit_nll_sum: of the negative log-likelihood where another token stood.
-      num_targets: positions that might have been supervised.
+      entropy_sum: of the entropy where that prediction is right.
+      edit_nll_sum: of the negative log-likelihood where a token stood already.
+      num_targets: positions that might have been supervised, in every row of a pair.
       num_supervised: positions that are.
       num_correct: of those, rightly predicted.
-      num_edits: supervised positions where another token stood.
+      num_edits: supervised positions where a token stood already.
       num_edits_correct: of those, rightly predicted.
     """
 
@@ -198,6 +226,8 @@ class LossSums:
 
 def loss_sums(stats: cross_entropy.TokenStatistics, noised: Noised) -> LossSums:
     """Adds up what the head says of each prediction."""
+    is_draft = noised.is_supervised & ~noised.is_replaced
+    is_edit = noised.is_supervised & noised.is_replaced
 
     def total(values: Array, where: Array) -> Array:
         return jnp.sum(jnp.where(where, values, 0.0))
@@ -205,23 +235,39 @@ def loss_sums(stats: cross_entropy.TokenStatistics, noised: Noised) -> LossSums:
     def count(where: Array) -> Array:
         return jnp.sum(where, dtype=jnp.int32)
 
-    is_right = stats.is_correct & noised.is_supervised
     return LossSums(
         nll_sum=total(noised.weights * stats.nll, noised.is_supervised),
-        nll_unweighted_sum=total(stats.nll, noised.is_supervised & ~noised.is_replaced),
-        entropy_sum=total(stats.entropy, is_right),
-        edit_nll_sum=total(stats.nll, noised.is_replaced),
+        nll_unweighted_sum=total(stats.nll, is_draft),
+        entropy_sum=total(stats.entropy, is_draft & stats.is_correct),
+        edit_nll_sum=total(stats.nll, is_edit),
         num_targets=count(noised.is_target),
-        num_supervised=count(noised.is_supervised),
-        num_correct=count(is_right),
-        num_edits=count(noised.is_replaced),
-        num_edits_correct=count(is_right & noised.is_replaced),
+        num_supervised=count(is_draft),
+        num_correct=count(is_draft & stats.is_correct),
+        num_edits=count(is_edit),
+        num_edits_correct=count(is_edit & stats.is_correct),
     )
 
 
 def mean(total: Float[Array, ""], count: Array) -> Float[Array, ""]:
-    """total / count, and 0 where nothing was counted."""
+    """Total over count, and 0 where nothing was counted."""
     return total / jnp.maximum(count, 1).astype(jnp.float32)
+
+
+def confidence_term(sums: LossSums) -> Float[Array, ""]:
+    """Mean entropy where a masked token is rightly predicted (R0, section 5.2; dParallel).
+
+    Added to the loss with a weight, it sharpens what the model knows already, so that more tokens
+    at a time pass a sampler's threshold.
+    """
+    return mean(sums.entropy_sum, sums.num_correct)
+
+
+def total_loss(
+    sums: LossSums, denominator: Float[Array, ""], *, cap_weight: float = 0.0
+) -> Float[Array, ""]:
+    """The loss of a whole batch, from its sums and the objective's denominator."""
+    loss = sums.nll_sum / denominator
+    return loss + cap_weight * confidence_term(sums) if cap_weight else loss
 
 
 def zero_embedding_row_grad(gradient: Float[Array, "V D"], row: int) -> Float[Array, "V D"]:
@@ -252,96 +298,103 @@ def replay(
       mask_id: id of [MASK].
       is_shifted: whether position i predicts label i + 1 (`same_token_labels: false`).
     """
-    if is_shifted:
-        labels = jnp.concatenate([labels[:, 1:], jnp.full_like(labels[:, :1], -100)], axis=1)
-    is_supervised = labels != -100
+    is_supervised = labels != _NO_LABEL
+    positions = jax.lax.broadcasted_iota(jnp.int32, clean.shape, 1)
     batch = Batch(
         tokens=clean,
         segments=jnp.ones_like(clean),
-        positions=jnp.broadcast_to(jnp.arange(clean.shape[1]), clean.shape),
+        positions=jax.reshard(positions, jax.typeof(clean).sharding.spec),
         is_target=is_supervised,
-        example_ids=jnp.arange(clean.shape[0]),
+        example_ids=jnp.zeros_like(clean[:, 0]),
     )
-    batch = _replicated(batch)
-    fields = {
-        "tokens": noised_tokens,
-        "is_masked": noised_tokens == mask_id,
-        "weights": is_supervised.astype(jnp.float32),
-        "is_supervised": is_supervised,
-        "is_replaced": jnp.zeros_like(is_supervised),
-        "row_keys": jnp.zeros((clean.shape[0], 2), jnp.uint32),
-    }
+    corruption = noise.Corruption(
+        level=jnp.ones_like(clean, jnp.float32),
+        is_masked=is_supervised,
+        tokens=noised_tokens,
+        is_replaced=jnp.zeros_like(is_supervised),
+        is_kept=jnp.zeros_like(is_supervised),
+        row_keys=noise.row_keys(jax.random.key(0), batch.example_ids),
+    )
+    choices = noise.NoiseConfig.reference(mask_id=mask_id, vocab_size=mask_id + 1)
+    target = "next" if is_shifted else "same"
+    goal: BlockDiffusion | MaskedDiffusion
     if block_length is None:
-        out = _one_half(batch, **fields)
+        goal = MaskedDiffusion(noise=choices, target=target)
     else:
-        out = _two_halves(batch, **fields, block_length=block_length)
-    return _sharded(out.replace(targets=jnp.where(is_supervised, labels, 0)))
+        goal = BlockDiffusion(block_length=block_length, noise=choices, target=target)
+    return goal.assemble(batch, corruption)
+
+
+def _check_target(target: str) -> None:
+    if target not in ("next", "same"):
+        raise ValueError(f"target: {target!r} is not 'next' or 'same'")
+
+
+def _corrupt(
+    key: Array, batch: Batch, block_length: int | None, cfg: noise.NoiseConfig
+) -> Corruption:
+    shared = block_length if cfg.level == "block" else None
+    starts = noise.block_starts(batch.segments, batch.positions, shared)
+    # Padding is never noised, whatever the caller says of it.
+    is_target = batch.is_target & (batch.segments != 0)
+    return noise.corrupt(key, batch.tokens, is_target, starts, batch.example_ids, cfg)
+
+
+def _repeat_rows(batch: Batch, corruption: Corruption) -> Batch:
+    """The batch with every row as often as the corruption has it."""
+    copies = corruption.tokens.shape[0] // batch.tokens.shape[0]
+    if copies == 1:
+        return batch
+    return jax.tree.map(lambda x: noise.merge_copies(jnp.stack([x] * copies, axis=1)), batch)
 
 
 def _noised(
-    key: Array, batch: Batch, cfg: noise.NoiseConfig, block_length: int, *, has_clean_half: bool
+    batch: Batch,
+    corruption: Corruption,
+    cfg: noise.NoiseConfig,
+    tags: block_mask.MaskTags,
+    target: str,
+    *,
+    has_clean_half: bool,
 ) -> Noised:
-    batch = _replicated(batch)
-    # Padding is never noised, whatever the caller says of it.
-    batch = batch.replace(is_target=batch.is_target & (batch.segments != 0))
-    shared = None if cfg.level == "example" else block_length
-    starts = noise.block_starts(batch.segments, batch.positions, shared)
-    found = noise.corrupt(key, batch.tokens, batch.is_target, starts, batch.example_ids, cfg)
-    if cfg.is_complementary:
-        batch = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), batch)
-    masked_weight = 1 / found.level if cfg.weighting == "elbo" else jnp.ones_like(found.level)
-    weights = jnp.where(found.is_masked, masked_weight, 0.0)
-    fields = {
-        "tokens": found.tokens,
-        "is_masked": found.is_masked,
-        "weights": jnp.where(found.is_replaced, cfg.replace_weight, weights),
-        "is_supervised": found.is_masked | found.is_replaced,
-        "is_replaced": found.is_replaced,
-        "row_keys": found.row_keys,
+    weights = jnp.ones_like(corruption.level)
+    if cfg.weighting == "elbo":
+        weights = 1 / corruption.level
+    weights = jnp.where(corruption.is_masked, weights, 0.0)
+    weights = jnp.where(corruption.is_replaced, cfg.replace_weight, weights)
+    weights = jnp.where(corruption.is_kept, cfg.keep_weight, weights)
+    asked = {
+        "targets": batch.tokens,
+        "weights": weights,
+        "is_supervised": weights > 0,
+        "is_target": batch.is_target & (batch.segments != 0),
+        "is_replaced": (weights > 0) & ~corruption.is_masked,
     }
+    if target == "next":
+        # What stands at i + 1 is asked at i, within a document.
+        is_followed = jnp.roll(batch.segments, -1, axis=1) == batch.segments
+        is_followed &= jnp.arange(batch.tokens.shape[1]) < batch.tokens.shape[1] - 1
+        asked = {
+            name: jnp.where(is_followed, jnp.roll(value, -1, axis=1), jnp.zeros_like(value))
+            for name, value in asked.items()
+        }
+    tokens, positions, is_masked = corruption.tokens, batch.positions, corruption.is_masked
     if has_clean_half:
-        return _sharded(_two_halves(batch, **fields, block_length=block_length))
-    return _sharded(_one_half(batch, **fields))
-
-
-def _two_halves(batch: Batch, *, tokens, is_masked, block_length: int, **fields) -> Noised:
-    return Noised(
-        tokens=jnp.concatenate([tokens, batch.tokens], axis=1),
-        positions=jnp.concatenate([batch.positions, batch.positions], axis=1),
-        tags=masks.block_diffusion(batch.segments, batch.positions, block_length),
-        is_masked=jnp.concatenate([is_masked, jnp.zeros_like(is_masked)], axis=1),
-        targets=batch.tokens,
-        is_target=batch.is_target,
-        **fields,
-    )
-
-
-def _one_half(batch: Batch, *, tokens, is_masked, **fields) -> Noised:
+        tokens = jnp.concatenate([tokens, batch.tokens], axis=1)
+        positions = jnp.concatenate([positions, positions], axis=1)
+        is_masked = jnp.concatenate([is_masked, jnp.zeros_like(is_masked)], axis=1)
     return Noised(
         tokens=tokens,
-        positions=batch.positions,
-        tags=masks.masked_diffusion(batch.segments),
+        positions=positions,
+        tags=tags,
         is_masked=is_masked,
-        targets=batch.tokens,
-        is_target=batch.is_target,
-        **fields,
+        row_keys=corruption.row_keys,
+        **asked,
     )
 
 
 def _denominator(noised: Noised, normalize_by: str) -> Float[Array, ""]:
-    counted = noised.is_target if normalize_by == "targets" else noised.is_supervised
-    return jnp.maximum(jnp.sum(counted), 1).astype(jnp.float32)
-
-
-def _replicated(batch: Batch) -> Batch:
-    """The batch whole on every device: noise that looks across rows is computed alike on all."""
-    return jax.tree.map(lambda x: jax.reshard(x, jax.P(*(None,) * x.ndim)), batch)
-
-
-def _sharded(noised: Noised) -> Noised:
-    rules = sharding.TRAIN_RULES
-
-    def one(x: Array) -> Array:
-        return jax.reshard(x, rules.spec("batch", *(None,) * (x.ndim - 1)))
-
-    return jax.tree.map(one, noised)
+    counted = noised.is_target
+    if normalize_by == "masked":
+        counted = noised.is_supervised & ~noised.is_replaced
+    return jnp.maximum(jnp.sum(counted, dtype=jnp.int32), 1).astype(jnp.float32)

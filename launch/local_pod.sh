@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Runs one training job as several processes on this machine, as a pod's hosts would.
+#
+#   launch/local_pod.sh PROCESSES DEVICES_PER_PROCESS llada-train --config configs/tiny_cpu.py ...
+#
+# Every process simulates that many CPU devices, so the mesh has PROCESSES x DEVICES_PER_PROCESS.
+# The first process's output is shown; the others' goes to $LOCAL_POD_LOGS (default: a new folder
+# in $TMPDIR). If one fails, all are ended and the exit status is not 0. SIGTERM is passed on.
+set -euo pipefail
+if [ $# -lt 3 ]; then
+  sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+fi
+processes=$1 devices=$2
+shift 2
+logs=${LOCAL_POD_LOGS:-$(mktemp -d -t local_pod.XXXXXX)}
+mkdir -p "$logs"
+port=${LOCAL_POD_PORT:-$(python3 -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
+
+export JAX_PLATFORMS=cpu
+export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
+export LLADA_COORDINATOR="localhost:$port" LLADA_NUM_PROCESSES=$processes
+
+pids=()
+end_all() { kill -TERM "${pids[@]}" 2>/dev/null || true; }
+trap end_all TERM INT
+for ((i = 0; i < processes; i++)); do
+  LLADA_PROCESS_ID=$i "$@" >"$logs/process_$i.log" 2>&1 &
+  pids+=($!)
+done
+tail -n +1 -f --pid="${pids[0]}" "$logs/process_0.log" &
+follower=$!
+
+status=0
+for ((i = 0; i < processes; i++)); do
+  # Whichever ends first: one that failed leaves the others waiting for it for ever.
+  wait -n "${pids[@]}" || status=$?
+  if [ "$status" -ne 0 ]; then
+    end_all
+    break
+  fi
+done
+for pid in "${pids[@]}"; do wait "$pid" || true; done
+wait "$follower" || true
+if [ "$status" -ne 0 ]; then
+  echo "local_pod: a process ended with status $status; all logs are in $logs" >&2
+fi
+exit "$status"

@@ -1,0 +1,125 @@
+"""`llada-train`: continued pretraining, from a config file to a model directory.
+
+    llada-train --config configs/tiny_cpu.py --workdir build/runs/tiny_cpu
+    llada-train --config configs/tiny_cpu.py --config.batch_size=16 --workdir ...
+
+The same command goes on from the newest checkpoint in the workdir. `--config.NAME=VALUE` changes a
+field. On a pod every host runs the same command with `--distributed`.
+"""
+
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from absl import flags, logging
+from ml_collections import config_flags
+
+from llada_jax.cli import train_data
+from llada_jax.generate import generator as generator_lib
+from llada_jax.model import transformer
+from llada_jax.train import loop, options
+
+CONFIG_FILE = "train_config.json"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Returns:
+      0 when the run is finished or ended as it was asked to, 1 if it stopped at a bad step, 2 on
+      an error.
+    """
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "the run, a Python file", flag_values=values)
+    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    flags.DEFINE_bool(
+        "distributed", False, "several processes, found by jax.distributed", flag_values=values
+    )
+    flags.DEFINE_bool("help", False, "shows this", flag_values=values, short_name="h")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or {"--help", "-h"} & set(arguments):
+        print(f"{__doc__}\n--config FILE  --workdir FOLDER  [--distributed]")
+        return 0 if arguments else 2
+    logging.set_verbosity(logging.INFO)
+    try:
+        rest = values(["llada-train", *arguments])[1:]
+        if rest:
+            raise ValueError(f"unexpected arguments {rest}; options begin with --")
+        if values.config is None or values.workdir is None:
+            raise ValueError("--config and --workdir are both needed")
+        _start_processes(is_pod=values.distributed)
+        outcome = _run(values.config.to_dict(), pathlib.Path(values.workdir))
+    except loop.BadStepError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError, flags.Error) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if outcome.model is not None and jax.process_index() == 0:
+        print(f"model: {outcome.model}")
+        print(f"try:   llada-generate {outcome.model} --prompt 'import '")
+    return 0
+
+
+def _start_processes(*, is_pod: bool) -> None:
+    """Joins the other processes: a pod's, or those that `launch/local_pod.sh` started."""
+    coordinator = os.environ.get("LLADA_COORDINATOR")
+    if coordinator is not None:
+        jax.distributed.initialize(
+            coordinator,
+            int(os.environ["LLADA_NUM_PROCESSES"]),
+            int(os.environ["LLADA_PROCESS_ID"]),
+        )
+    elif is_pod:
+        jax.distributed.initialize()
+
+
+def _run(mapping: Mapping[str, Any], workdir: pathlib.Path) -> loop.Outcome:
+    mapping = dict(mapping)
+    prepare = mapping.pop("prepare", None)
+    cfg = options.from_mapping(mapping)
+    if prepare is not None:
+        train_data.prepare(prepare)
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / CONFIG_FILE).write_text(json.dumps(mapping, indent=1, default=str) + "\n")
+    sampler = _Sampler(cfg) if cfg.eval.prompts else None
+    return loop.run(cfg, workdir, sampler=sampler)
+
+
+class _Sampler:
+    """Continues the configured prompts with the model that is being trained."""
+
+    def __init__(self, cfg: options.TrainConfig):
+        self._cfg = cfg
+
+    def __call__(self, model: transformer.LLaDA2, step: int) -> dict[str, Any]:
+        opts = self._cfg.eval
+        folder = self._cfg.model.tokenizer or self._cfg.model.init_from
+        if folder is None:
+            raise ValueError("eval.prompts: texts need a tokenizer; set model.tokenizer")
+        phase, _ = self._cfg.phase_at(step - 1)
+        if phase.objective == "autoregressive":
+            return {}  # it has not learnt to fill masks yet
+        generator = generator_lib.Generator(
+            model,
+            jax.sharding.get_mesh(),
+            tokenizer=generator_lib.tokenizers.load_tokenizer(folder),
+        )
+        answers = generator.generate(list(opts.prompts), gen_length=opts.sample_tokens)
+        tokens = sum(a.stats.generated_tokens for a in answers)
+        forwards = sum(a.stats.forwards for a in answers)
+        for prompt, answer in zip(opts.prompts, answers, strict=True):
+            logging.info("step %d  sample %r -> %r", step, prompt, answer.text)
+        return {
+            "samples/tokens_per_forward": tokens / max(forwards, 1),
+            **{f"samples/text_{i}": a.text or "" for i, a in enumerate(answers)},
+        }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Training: options, state, one step, the run, its checkpoints and its metrics."""

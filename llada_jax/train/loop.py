@@ -1,0 +1,425 @@
+"""A training run, from top to bottom: restore, steps, evaluations, checkpoints, the end."""
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import nnx
+
+from llada_convert import import_hf
+from llada_jax import checkpoint, config, sharding
+from llada_jax.data import pipeline
+from llada_jax.data import tokenizer as tokenizers
+from llada_jax.diffusion import objective
+from llada_jax.model import transformer
+from llada_jax.ops import grouped_matmul
+from llada_jax.train import checkpoints, evaluate, flops, goals, metrics, optimizer, options
+from llada_jax.train import state as state_lib
+from llada_jax.train import step as step_lib
+
+RULES = sharding.TRAIN_RULES
+MODEL_FOLDER = "model"
+
+# Takes a model and a step; returns figures and texts to log.
+Sampler = Callable[[transformer.LLaDA2, int], Mapping[str, Any]]
+
+
+class BadStepError(RuntimeError):
+    """The run ended because of steps whose update was left out."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+      step: optimizer steps taken in all.
+      is_finished: whether that is all of them; else the run was asked to end early.
+      model: directory of the final model, or None.
+    """
+
+    step: int
+    is_finished: bool
+    model: pathlib.Path | None
+
+
+def run(
+    cfg: options.TrainConfig, workdir: pathlib.Path, *, sampler: Sampler | None = None
+) -> Outcome:
+    """Trains until the last step, going on from the newest checkpoint in `workdir`.
+
+    SIGTERM ends the run after the step in hand, with a checkpoint.
+
+    Args:
+      cfg: the run.
+      workdir: its folder; the same on every process.
+      sampler: writes samples at evaluations.
+
+    Raises:
+      ValueError: the configuration, the data or a checkpoint does not fit.
+      BadStepError: a bad step, where the configuration says to stop.
+    """
+    workdir = pathlib.Path(workdir).absolute()
+    mesh = sharding.make_mesh(cfg.mesh)
+    if mesh.devices.size < jax.device_count():
+        logging.warning("mesh %s leaves devices idle: %d", cfg.mesh.shape, jax.device_count())
+    with jax.set_mesh(mesh), _watch_for_sigterm() as is_asked_to_end:
+        return _Run(cfg, workdir, mesh, sampler).train(is_asked_to_end)
+
+
+def model_config(opts: options.ModelOptions) -> config.ModelConfig:
+    """The architecture that a run trains."""
+    if opts.init_from is not None:
+        return checkpoint.load_config(opts.init_from)
+    if opts.config_file is not None:
+        path = pathlib.Path(opts.config_file)
+        cfg = config.ModelConfig.from_hf(checkpoint.read_json(path))
+    else:
+        cfg = config.ModelConfig.preset(opts.preset or "")
+    overrides = dict(opts.overrides)
+    if "eos_token_ids" in overrides:
+        overrides["eos_token_ids"] = tuple(overrides["eos_token_ids"])
+    return cfg.replace(**overrides)
+
+
+class _Run:
+    """What the parts of a run share; `train` is the run."""
+
+    def __init__(self, cfg, workdir, mesh, sampler):
+        self.cfg: options.TrainConfig = cfg
+        self.workdir: pathlib.Path = workdir
+        self.mesh, self.sampler = mesh, sampler
+        self.model_cfg = model_config(cfg.model)
+        cfg.mesh.validate(self.model_cfg)
+        self.tokenizer_folder = cfg.model.tokenizer or cfg.model.init_from
+        tokenizer = None
+        if self.tokenizer_folder is not None:
+            tokenizer = tokenizers.load_tokenizer(self.tokenizer_folder)
+        self.model_cfg = goals.with_special_ids(self.model_cfg, tokenizer)
+        self.goals = {
+            phase: goals.goal_of(phase, cfg.noise, self.model_cfg, tokenizer)
+            for phase in cfg.phases
+        }
+        platform = mesh.devices.flat[0].platform
+        abstract = transformer.abstract_model(
+            self.model_cfg.replace(dtype="float32"),
+            RULES,
+            grouped_matmul=cfg.compute.grouped_matmul
+            or grouped_matmul.default_implementation(platform),
+            attention=cfg.compute.attention,
+            remat=cfg.compute.remat,
+            slices_experts=True,
+        )
+        self.graph = state_lib.split_model(abstract)[0]
+        self.optimizer = optimizer.make_optimizer(cfg.optimizer, cfg.router)
+        self.step_opts = step_lib.StepOptions(
+            loss=cfg.loss,
+            router=cfg.router,
+            bad_step=cfg.bad_step,
+            accumulation=cfg.accumulation,
+            dtype=cfg.compute.dtype,
+        )
+        self.compiled: Any = jax.jit(
+            functools.partial(
+                step_lib.train_step,
+                graph=self.graph,
+                optimizer=self.optimizer,
+                opts=self.step_opts,
+            ),
+            static_argnames=("goal", "has_embedding_noise"),
+            donate_argnames=("state",),
+        )
+        self.row_sharding = jax.sharding.NamedSharding(mesh, RULES.spec("batch"))
+        self.own_rows = _own_rows(self.row_sharding, cfg.batch_size)
+        self.data = self._iterator(cfg.data)
+        self.evaluator = None
+        if cfg.eval.data is not None:
+            self.evaluator = evaluate.Evaluator(
+                cfg.eval,
+                batches=self._eval_batches(cfg.eval.data),
+                goals=[
+                    goals.eval_goal(length, self.model_cfg) for length in cfg.eval.block_lengths
+                ],
+                graph=self.graph,
+                dtype=cfg.compute.dtype,
+                loss=cfg.loss,
+            )
+
+    def train(self, is_asked_to_end: Callable[[], bool]) -> Outcome:
+        cfg = self.cfg
+        saved = checkpoints.Checkpoints(
+            self.workdir,
+            graph=self.graph,
+            opts=cfg.checkpoint,
+            hf_config=self.model_cfg.replace(dtype="float32").to_hf(),
+            tokenizer=self.tokenizer_folder,
+        )
+        state, clock = self._start(saved)
+        first = step = int(state.step)
+        writer = metrics.MetricWriter(
+            self.workdir, first_step=first, tensorboard=cfg.log.tensorboard
+        )
+        logging.info(
+            "%d parameters, mesh %s, %d processes, steps %d to %d",
+            sum(x.size for x in jax.tree.leaves(state.params)),
+            dict(self.mesh.shape),
+            jax.process_count(),
+            first,
+            cfg.num_steps,
+        )
+        key = jax.device_put(
+            jax.random.key(cfg.seed), jax.sharding.NamedSharding(self.mesh, jax.P())
+        )
+        pending: tuple[int, dict[str, Any], dict[str, Any]] | None = None
+        is_ended = False
+        try:
+            while step < cfg.num_steps and not is_ended:
+                with self._profile(step):
+                    started = time.monotonic()
+                    host = next(self.data)
+                    batch = self._put(host)
+                    goal, inputs, has_noise = self._inputs(step, key)
+                    num_programs = self.compiled._cache_size()
+                    state, out = self.compiled(
+                        state, batch, inputs, goal=goal, has_embedding_noise=has_noise
+                    )
+                    is_compiled = self.compiled._cache_size() > num_programs
+                    # The host looks at a step while the device computes the next one.
+                    if pending is not None:
+                        self._report(*pending, writer, clock)
+                    pending = (step, out, self._host_figures(host, step, clock))
+                    seconds = time.monotonic() - started
+                    pending[2]["time/step_seconds"] = seconds
+                    if not is_compiled:
+                        clock.trained_seconds += seconds
+                step += 1
+                is_ended = is_asked_to_end() or (
+                    jax.process_count() > 1 and saved.reached_preemption(step)
+                )
+                is_last = step == cfg.num_steps
+                if is_last or is_ended or saved.is_due(step):
+                    self._report(*pending, writer, clock)
+                    pending = None
+                    saved.save(state, self._run_data(clock))
+                if self._evaluates(step):
+                    found = self._evaluate(state, step)
+                    writer.write(step, found)
+        except BadStepError:
+            saved.save(state, self._run_data(clock))
+            raise
+        finally:
+            saved.close()
+            writer.close()
+        if step < cfg.num_steps:
+            logging.info("ended at step %d as asked; the same command goes on from there", step)
+            return Outcome(step=step, is_finished=False, model=None)
+        target = self.workdir / MODEL_FOLDER
+        checkpoints.export_model(
+            state, self.graph, self.model_cfg, target, tokenizer=self.tokenizer_folder
+        )
+        logging.info("the model is in %s", target)
+        return Outcome(step=step, is_finished=True, model=target)
+
+    def _start(self, saved: checkpoints.Checkpoints) -> tuple[state_lib.TrainState, metrics.Clock]:
+        step = saved.latest_step()
+        if step is not None:
+            abstract = state_lib.abstract_state(self.model_cfg, self.optimizer)
+            state, run_data = saved.restore(abstract, step)
+            self.data.set_state(run_data["data"])
+            logging.info("going on from step %d", step)
+            return state, metrics.Clock(**run_data["clock"])
+        source = self.cfg.model.init_from
+        if source is None:
+            state = state_lib.fresh_state(self.model_cfg, self.cfg.seed, self.optimizer)
+        else:
+            load = import_hf.load_hf_model
+            if checkpoint.is_model_directory(source):
+                load = checkpoint.load_model
+            model = load(source, rules=RULES, dtype="float32")
+            state = state_lib.state_from_model(model, self.optimizer)
+        return state, metrics.Clock()
+
+    def _run_data(self, clock: metrics.Clock) -> dict[str, Any]:
+        return {
+            "data": self.data.get_state(),
+            "clock": {
+                "trained_seconds": clock.trained_seconds,
+                "wall_seconds": clock.wall_seconds,
+            },
+        }
+
+    def _iterator(self, data: config.DataConfig) -> Any:
+        own = self.own_rows
+        return pipeline.make_iterator(
+            data,
+            batch_rows=self.cfg.batch_size,
+            process_index=own.start // (own.stop - own.start),
+            process_count=self.cfg.batch_size // (own.stop - own.start),
+        )
+
+    def _eval_batches(self, data: config.DataConfig) -> list[objective.Batch]:
+        batches = []
+        for host in self._iterator(data):
+            batches.append(self._put(host))
+            if len(batches) == self.cfg.eval.num_batches:
+                break
+        if not batches:
+            raise ValueError("eval.data: holds no documents; make it with `llada-data --holdout`")
+        return batches
+
+    def _put(self, host: Mapping[str, np.ndarray]) -> objective.Batch:
+        def one(rows: np.ndarray) -> jax.Array:
+            shape = (self.cfg.batch_size, *rows.shape[1:])
+            return jax.make_array_from_process_local_data(self.row_sharding, rows, shape)
+
+        names = ("tokens", "segments", "positions", "is_target", "example_ids")
+        return objective.Batch(**{name: one(host[name]) for name in names})
+
+    def _inputs(self, step: int, key: Any) -> tuple[Any, step_lib.StepInputs, bool]:
+        cfg = self.cfg
+        phase, local = cfg.phase_at(step)
+        amount = goals.embedding_noise(cfg, step)
+        inputs = step_lib.StepInputs(
+            key=key,
+            learning_rate=jnp.float32(cfg.learning_rate(step)),
+            embedding_noise=jnp.float32(amount),
+            is_watched=jnp.bool_(local >= cfg.bad_step.spike_warmup_steps),
+        )
+        return self.goals[phase], inputs, amount > 0
+
+    def _host_figures(
+        self, host: Mapping[str, np.ndarray], step: int, clock: metrics.Clock
+    ) -> dict[str, Any]:
+        phase, _ = self.cfg.phase_at(step)
+        share = self.cfg.batch_size / len(host["tokens"])
+        segments = host["segments"]
+        lengths = [np.bincount(row)[1:] for row in segments]
+        has_clean, block = goals.mask_shape(phase)
+        tokens = int((segments != 0).sum() * share)
+        copies = goals.copies(self.goals[phase])
+        pairs = flops.allowed_pairs(np.concatenate(lengths), block, has_clean_half=has_clean)
+        counted = flops.step_flops(
+            self.model_cfg,
+            input_tokens=copies * (2 if has_clean else 1) * tokens,
+            predicted_tokens=copies * tokens,
+            pairs=int(copies * pairs * share),
+        )
+        return {
+            "example_ids": host["example_ids"],
+            "phase": phase.name,
+            "train/learning_rate": self.cfg.learning_rate(step),
+            "data/tokens": tokens,
+            "data/fill_share": 1 - float(host["is_target"].mean()),
+            "flops/model": counted.train,
+        }
+
+    def _report(
+        self, step: int, out: dict[str, Any], figures: dict[str, Any], writer, clock
+    ) -> None:
+        """Waits for a step's metrics, logs them, and deals with a bad step."""
+        cfg = self.cfg
+        waited = time.monotonic()
+        found = jax.device_get(out)
+        seconds = figures.pop("time/step_seconds") + time.monotonic() - waited
+        example_ids = figures.pop("example_ids")
+        phase = figures.pop("phase")
+        if found["train/is_bad"]:
+            self._bad_step(step, found, example_ids)
+        done = step + 1
+        if done % cfg.log.every_steps and done != cfg.num_steps:
+            return
+        per_step = clock.trained_seconds / max(done, 1)
+        speed = figures["data/tokens"] / max(seconds, 1e-9)
+        found |= figures | {
+            "phase": phase,
+            "time/step_seconds": seconds,
+            "time/tokens_per_second": speed,
+            "time/goodput": clock.goodput,
+            "time/seconds_left": per_step * (cfg.num_steps - done),
+            "time/flops_per_second": figures["flops/model"] / max(seconds, 1e-9),
+        }
+        waste = pipeline.packing_report(self.data.get_state())["waste"]
+        found["data/waste"] = waste
+        writer.write(done, found)
+        if jax.process_index() == 0:
+            metrics.log_line(done, cfg.num_steps, phase, found, speed)
+
+    def _bad_step(self, step: int, found: Mapping[str, Any], example_ids: np.ndarray) -> None:
+        ids = f"{example_ids.min()} to {example_ids.max()}"
+        message = (
+            f"step {step + 1}: loss {found['train/loss']}, gradient norm "
+            f"{found['train/grad_norm']}, rows {ids} of the data; its update was left out"
+        )
+        in_a_row = int(found["train/skipped_in_a_row"])
+        if self.cfg.bad_step.action == "stop":
+            raise BadStepError(f"{message}; bad_step.action is 'stop'")
+        if in_a_row > self.cfg.bad_step.max_skipped:
+            raise BadStepError(f"{message}; {in_a_row} steps in a row were bad")
+        logging.warning("%s", message)
+
+    def _evaluates(self, step: int) -> bool:
+        every = self.cfg.eval.every_steps
+        is_due = step % every == 0 or step == self.cfg.num_steps
+        return is_due and (self.evaluator is not None or self.sampler is not None)
+
+    def _evaluate(self, state: state_lib.TrainState, step: int) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if self.evaluator is not None:
+            found |= self.evaluator(state.params, state.rest)
+            for name, value in found.items():
+                logging.info("step %d  %s %.4f", step, name, value)
+        if self.sampler is not None:
+            model = nnx.merge(self.graph, state.params, state.rest)
+            found |= self.sampler(model, step)
+        return found
+
+    @contextlib.contextmanager
+    def _profile(self, step: int) -> Iterator[None]:
+        first = self.cfg.log.profile_first_step
+        if first is not None and step == first:
+            jax.profiler.start_trace(str(self.workdir / "profile"))
+        yield
+        if first is not None and step == min(
+            first + self.cfg.log.profile_steps - 1, self.cfg.num_steps - 1
+        ):
+            jax.profiler.stop_trace()
+
+
+def _own_rows(row_sharding: jax.sharding.NamedSharding, batch_size: int) -> slice:
+    """The rows of the global batch that this process's devices hold: one contiguous stretch."""
+    held = row_sharding.addressable_devices_indices_map((batch_size,)).values()
+    bounds = [index[0].indices(batch_size)[:2] for index in held if index is not None]
+    start, stop = min(b[0] for b in bounds), max(b[1] for b in bounds)
+    count = stop - start
+    if batch_size % count or start % count:
+        raise ValueError(
+            f"mesh: process {jax.process_index()} holds rows {start} to {stop} of {batch_size}; "
+            "choose data and fsdp sizes that the number of processes divides, or is divided by"
+        )
+    return slice(start, stop)
+
+
+@contextlib.contextmanager
+def _watch_for_sigterm() -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether SIGTERM came.
+
+    With several processes JAX's coordination service watches instead: all must end at one step.
+    """
+    asked = []
+    if jax.process_count() > 1:
+        yield lambda: False
+        return
+    previous = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,326 @@
+"""What a training run is told: frozen dataclasses, read from the nested mapping of a config file.
+
+Two kinds of default stand here: those that the reference trainer publishes, and ours, where nobody
+publishes a value (training recipes of LLaDA2.0, arXiv:2512.15745, leave many open). Each comment
+says which.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import dacite
+
+from llada_jax import config
+from llada_jax.train import schedule
+
+OBJECTIVES = ("block_diffusion", "masked_diffusion", "autoregressive", "autoregressive_same")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model is trained. Exactly one of `init_from`, `preset` and `config_file` is given.
+
+    Attributes:
+      init_from: directory whose weights training starts from: a model directory, a step of an
+        earlier run, or a Hugging Face checkpoint.
+      preset: name of a published architecture, see `config.PRESETS`; weights are drawn afresh.
+      config_file: a published config.json; weights are drawn afresh.
+      overrides: fields of `ModelConfig` that differ from the preset or the file.
+      tokenizer: directory of the tokenizer that goes along with checkpoints; by default that of
+        `init_from`.
+    """
+
+    init_from: str | None = None
+    preset: str | None = None
+    config_file: str | None = None
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tokenizer: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [n for n in ("init_from", "preset", "config_file") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"model: {given or 'none'} of init_from, preset and config_file given; give one"
+            )
+        if self.init_from is not None and self.overrides:
+            raise ValueError("model.overrides: weights of init_from fix the architecture")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of the run with one objective.
+
+    Attributes:
+      name: for logs.
+      objective: one of `OBJECTIVES`. "autoregressive" predicts the next token;
+        "autoregressive_same" predicts a token at its own [MASK] from all before it.
+      steps: optimizer steps.
+      learning_rate: over this phase's steps.
+      block_length: tokens per diffusion block; "block_diffusion" only.
+    """
+
+    name: str
+    objective: str
+    steps: int
+    learning_rate: schedule.LearningRate
+    block_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"phase {self.name}: objective {self.objective!r}, not {OBJECTIVES}")
+        if self.steps < 1:
+            raise ValueError(f"phase {self.name}: steps {self.steps} must be >= 1")
+        if (self.block_length is not None) != (self.objective == "block_diffusion"):
+            raise ValueError(
+                f"phase {self.name}: block_length {self.block_length} with objective "
+                f"{self.objective}; block_diffusion needs one and the others have none"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """AdamW with decoupled weight decay, and clipping by the global norm.
+
+    Attributes:
+      b1: decay of the first moment (reference trainer: 0.9).
+      b2: decay of the second moment (reference trainer: 0.999; Ling-V2's pretraining: 0.95).
+      eps: added to the root of the second moment.
+      weight_decay: per unit of learning rate (reference trainer: 0.1).
+      decay: "all" parameters, as the reference trainer does, or "matrices": not norms, biases and
+        embeddings. The default is ours: decaying the embedding shrinks the row of [MASK], which
+        autoregressive training never uses, towards 0 (LLaDA2.0, section 7.1).
+      clip_norm: largest global norm of a gradient (reference trainer: 1.0).
+    """
+
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    decay: str = "matrices"
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.decay not in ("all", "matrices"):
+            raise ValueError(f"optimizer.decay: {self.decay!r} is not 'all' or 'matrices'")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """Terms beside the likelihood bound, and the memory of the cross entropy.
+
+    Attributes:
+      cap_weight: of the confidence-aware term, the mean entropy where the prediction is right
+        (dParallel; dFactory recommends 2.0 for fine-tuning and defaults to 0).
+      z_loss_weight: of the mean squared log-sum-exp of the router's logits (Ling-V2: 3.5e-6).
+      mask_embedding_noise: standard deviation of the noise added to the embeddings of masked
+        positions, in units of the mean RMS of the embedding's rows; 0 turns it off. LLaDA2.0
+        (section 7.1) uses such noise without publishing its size; the default is ours.
+      mask_embedding_noise_steps: steps over which that noise falls linearly to 0; ours.
+      chunk_tokens: tokens per row whose logits exist at a time.
+    """
+
+    cap_weight: float = 0.0
+    z_loss_weight: float = 0.0
+    mask_embedding_noise: float = 0.0
+    mask_embedding_noise_steps: int = 100
+    chunk_tokens: int = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterOptions:
+    """How the experts are balanced.
+
+    Attributes:
+      bias_update_rate: step of the selection bias (Ling-V2: 1e-3); 0 freezes it, as the published
+        fine-tuning does.
+      is_frozen: whether the router's matrix gets no gradient.
+    """
+
+    bias_update_rate: float = 1e-3
+    is_frozen: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComputeOptions:
+    """How the step is computed; none of these changes what is computed, rounding aside.
+
+    Attributes:
+      dtype: of activations and of the copy of the parameters that is multiplied. The parameters
+        themselves, moments and gradients' sums are float32, and so is the router.
+      attention: "tiles" leaves out the empty tiles of the mask, "dense" builds it whole.
+      grouped_matmul: see `ops.grouped_matmul`; None picks the backend's measured default.
+      remat: what the backward pass computes again: "none", "dots" or "full".
+    """
+
+    dtype: str = "bfloat16"
+    attention: str = "tiles"
+    grouped_matmul: str | None = None
+    remat: str = "full"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in config.DTYPES:
+            raise ValueError(f"compute.dtype: {self.dtype!r} is not one of {config.DTYPES}")
+        if self.attention not in ("tiles", "dense"):
+            raise ValueError(f"compute.attention: {self.attention!r} is not 'tiles' or 'dense'")
+        if self.remat not in ("none", "dots", "full"):
+            raise ValueError(f"compute.remat: {self.remat!r} is not 'none', 'dots' or 'full'")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """When steps are saved, and which of them stay.
+
+    Attributes:
+      every_steps: steps between checkpoints; the last step is saved too.
+      keep_last: newest checkpoints that stay.
+      keep_every_steps: checkpoints at multiples of this stay for ever.
+    """
+
+    every_steps: int = 1000
+    keep_last: int = 3
+    keep_every_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1 or self.keep_last < 1:
+            raise ValueError("checkpoint: every_steps and keep_last must be >= 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """Evaluation inside the run.
+
+    Attributes:
+      data: held-out data; None evaluates nothing.
+      every_steps: steps between evaluations; the last step is evaluated too.
+      block_lengths: block sizes whose likelihood bound is estimated; 0 means the whole document.
+      num_batches: batches of the training batch's size, the same ones each time.
+      prompts: texts that samples are written for.
+      sample_tokens: length of each sample.
+    """
+
+    data: config.DataConfig | None = None
+    every_steps: int = 1000
+    block_lengths: tuple[int, ...] = (32,)
+    num_batches: int = 4
+    prompts: tuple[str, ...] = ()
+    sample_tokens: int = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogOptions:
+    """What the run reports.
+
+    Attributes:
+      every_steps: steps between console lines and metrics.
+      tensorboard: whether to write TensorBoard files beside the jsonl.
+      profile_first_step: first step of a profile, or None for no profile.
+      profile_steps: steps it covers.
+    """
+
+    every_steps: int = 10
+    tensorboard: bool = True
+    profile_first_step: int | None = None
+    profile_steps: int = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BadStepOptions:
+    """What happens to a step whose loss or gradient is no number, or whose loss jumps.
+
+    Its update is never applied as it is.
+
+    Attributes:
+      action: "skip" leaves the parameters as they were and goes on; "stop" ends the run.
+      spike_factor: a loss above this many times its running mean is a jump; None: none is. Ours.
+      spike_warmup_steps: steps before jumps are looked for.
+      max_skipped: steps in a row that may be skipped before the run ends all the same.
+    """
+
+    action: str = "skip"
+    spike_factor: float | None = None
+    spike_warmup_steps: int = 100
+    max_skipped: int = 20
+
+    def __post_init__(self) -> None:
+        if self.action not in ("skip", "stop"):
+            raise ValueError(f"bad_step.action: {self.action!r} is not 'skip' or 'stop'")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+      seed: of fresh weights, of the data's order and of all noise.
+      batch_size: packed rows per optimizer step, over all devices.
+      accumulation: parts that a step's rows are computed in, one after the other.
+      phases: what is trained, in order.
+      model: which model.
+      data: its text; `data.packing.row_length` is the length of a row in tokens.
+      noise: fields of `NoiseConfig` beside those that the model and its tokenizer fix (`mask_id`,
+        `special_ids`, `vocab_size`).
+      mesh: devices per mesh axis.
+    """
+
+    seed: int = 0
+    batch_size: int
+    accumulation: int = 1
+    phases: tuple[Phase, ...]
+    model: ModelOptions
+    data: config.DataConfig
+    noise: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    mesh: config.MeshConfig = dataclasses.field(default_factory=config.MeshConfig)
+    optimizer: OptimizerOptions = OptimizerOptions()
+    loss: LossOptions = LossOptions()
+    router: RouterOptions = RouterOptions()
+    compute: ComputeOptions = ComputeOptions()
+    checkpoint: CheckpointOptions = CheckpointOptions()
+    eval: EvalOptions = EvalOptions()
+    log: LogOptions = LogOptions()
+    bad_step: BadStepOptions = BadStepOptions()
+
+    def __post_init__(self) -> None:
+        if not self.phases:
+            raise ValueError("phases: none given; a run needs at least one")
+        rows = self.mesh.data * self.mesh.fsdp * self.accumulation
+        if self.batch_size < 1 or self.batch_size % rows:
+            raise ValueError(
+                f"batch_size: {self.batch_size} is not divisible by {rows}, the product of mesh "
+                f"axes data {self.mesh.data} and fsdp {self.mesh.fsdp} and accumulation "
+                f"{self.accumulation}"
+            )
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of all phases."""
+        return sum(phase.steps for phase in self.phases)
+
+    def phase_at(self, step: int) -> tuple[Phase, int]:
+        """The phase that a step (from 0) belongs to, and the step counted from its start."""
+        for phase in self.phases:
+            if step < phase.steps:
+                return phase, step
+            step -= phase.steps
+        raise ValueError(f"step {step} lies {step + 1} steps after the run's last")
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        phase, local = self.phase_at(step)
+        return phase.learning_rate(local, phase.steps)
+
+
+def from_mapping(mapping: Mapping[str, Any]) -> TrainConfig:
+    """Reads nested mappings, such as `ConfigDict.to_dict()`, into a `TrainConfig`.
+
+    Raises:
+      ValueError: a key is unknown, missing or has a value of another type; it is named by its path.
+    """
+    try:
+        return dacite.from_dict(
+            TrainConfig,
+            mapping,
+            dacite.Config(strict=True, type_hooks={float: float}, cast=[tuple]),
+        )
+    except dacite.DaciteError as error:
+        raise ValueError(f"config: {error}") from error

@@ -1,0 +1,58 @@
+"""Learning rates, as numbers of a step: the host computes one and passes it to the step."""
+
+import dataclasses
+import math
+
+KINDS = ("constant", "cosine", "linear", "wsd")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LearningRate:
+    """A learning rate over the steps of one phase.
+
+    Attributes:
+      peak: the rate after the warmup.
+      kind: what follows the warmup. "constant"; "cosine" to `floor`; "linear" towards 0, never
+        below `floor` (both as the reference trainer); "wsd": constant, then a linear way down to
+        `floor` over the last `decay_steps`.
+      warmup_steps: steps of the linear rise from 0. With a warmup the first step has rate 0, as in
+        the reference trainer.
+      floor: the lowest rate after the warmup.
+      decay_steps: "cosine": the step, counted from the phase's first, that reaches `floor`; None
+        means the phase's last. "wsd": length of the way down.
+    """
+
+    peak: float
+    kind: str = "cosine"
+    warmup_steps: int = 0
+    floor: float = 0.0
+    decay_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"learning rate kind: {self.kind!r} is not one of {KINDS}")
+        if not 0 <= self.floor <= self.peak:
+            raise ValueError(f"learning rate floor: {self.floor} must lie in 0..peak {self.peak}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"learning rate warmup_steps: {self.warmup_steps} must be >= 0")
+        if self.kind == "wsd" and not self.decay_steps:
+            raise ValueError("learning rate decay_steps: kind 'wsd' needs the length of its decay")
+
+    def __call__(self, step: int, num_steps: int) -> float:
+        """The rate at a step of a phase of `num_steps`, both counted from the phase's start."""
+        if step < self.warmup_steps:
+            return self.peak * step / self.warmup_steps
+        if self.kind == "constant":
+            return self.peak
+        if self.kind == "linear":
+            left = (num_steps - step) / max(num_steps - self.warmup_steps, 1)
+            return max(self.peak * left, self.floor)
+        if self.kind == "wsd":
+            assert self.decay_steps is not None
+            left = min((num_steps - step) / self.decay_steps, 1.0)
+            return self.floor + (self.peak - self.floor) * max(left, 0.0)
+        end = num_steps if self.decay_steps is None else self.decay_steps
+        if step >= end:
+            return self.floor
+        progress = (step - self.warmup_steps) / max(end - self.warmup_steps, 1)
+        return self.floor + (self.peak - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
