@@ -21,8 +21,6 @@ from llada_jax.ops import block_mask, cross_entropy
 # `noise` is also a field's name, which hides the module from annotations in its class.
 Corruption = noise.Corruption
 
-_NO_LABEL = -100  # the reference trainer's label of what is not supervised
-
 
 @struct.dataclass
 class Batch:
@@ -268,61 +266,6 @@ def total_loss(
     """The loss of a whole batch, from its sums and the objective's denominator."""
     loss = sums.nll_sum / denominator
     return loss + cap_weight * confidence_term(sums) if cap_weight else loss
-
-
-def zero_embedding_row_grad(gradient: Float[Array, "V D"], row: int) -> Float[Array, "V D"]:
-    """The gradient as PyTorch's `padding_idx` leaves it: none for one row of the embedding.
-
-    The reference trainer's embedding has pad, which is also the end of text, as `padding_idx`. Only
-    comparisons with it want this; we train the end of text like any token.
-    """
-    return jnp.where(jnp.arange(gradient.shape[0])[:, None] == row, 0.0, gradient)
-
-
-def replay(
-    clean: Int[Array, "B L"],
-    noised_tokens: Int[Array, "B L"],
-    labels: Int[Array, "B L"],
-    *,
-    block_length: int | None,
-    mask_id: int,
-    is_shifted: bool = False,
-) -> Noised:
-    """The reference trainer's batch, from what it recorded; weights are 1.
-
-    Args:
-      clean: x_0, whole rows without padding.
-      noised_tokens: x_t.
-      labels: the clean token where it is supervised, else -100.
-      block_length: tokens per block; None is masked diffusion without the clean half.
-      mask_id: id of [MASK].
-      is_shifted: whether position i predicts label i + 1 (`same_token_labels: false`).
-    """
-    is_supervised = labels != _NO_LABEL
-    positions = jax.lax.broadcasted_iota(jnp.int32, clean.shape, 1)
-    batch = Batch(
-        tokens=clean,
-        segments=jnp.ones_like(clean),
-        positions=jax.reshard(positions, jax.typeof(clean).sharding.spec),
-        is_target=is_supervised,
-        example_ids=jnp.zeros_like(clean[:, 0]),
-    )
-    corruption = noise.Corruption(
-        level=jnp.ones_like(clean, jnp.float32),
-        is_masked=is_supervised,
-        tokens=noised_tokens,
-        is_replaced=jnp.zeros_like(is_supervised),
-        is_kept=jnp.zeros_like(is_supervised),
-        row_keys=noise.row_keys(jax.random.key(0), batch.example_ids),
-    )
-    choices = noise.NoiseConfig.reference(mask_id=mask_id, vocab_size=mask_id + 1)
-    target = "next" if is_shifted else "same"
-    goal: BlockDiffusion | MaskedDiffusion
-    if block_length is None:
-        goal = MaskedDiffusion(noise=choices, target=target)
-    else:
-        goal = BlockDiffusion(block_length=block_length, noise=choices, target=target)
-    return goal.assemble(batch, corruption)
 
 
 def _check_target(target: str) -> None:
