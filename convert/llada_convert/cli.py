@@ -1,4 +1,4 @@
-"""The command line: `llada-convert import|export|verify|inspect|table`."""
+"""The command line: `llada-convert import|export|merge|verify|inspect|table`."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import jax
 
-from llada_convert import export_hf, import_hf, inspection, mapping, verify
+from llada_convert import export_hf, import_hf, inspection, mapping, merge, verify
 from llada_jax import config, sharding
 
 _RULES = {"serve": sharding.SERVE_RULES, "train": sharding.TRAIN_RULES}
@@ -81,6 +81,18 @@ def _inspect(args: argparse.Namespace) -> int:
     return 1 if report.problems else 0
 
 
+def _merge(args: argparse.Namespace) -> int:
+    merge.merge_checkpoints(
+        args.sources,
+        args.target,
+        weights=args.weights,
+        dtype=args.dtype,
+        overwrite=args.overwrite,
+        workers=args.workers,
+    )
+    return 0
+
+
 def _table(args: argparse.Namespace) -> int:
     del args
     print(mapping.markdown(), end="")
@@ -140,6 +152,21 @@ def _parser() -> argparse.ArgumentParser:
         "--max-shard-size", type=_size, default=export_hf.MAX_SHARD_BYTES, help="default 5GB"
     )
     command.set_defaults(run=_export)
+
+    command = commands.add_parser(
+        "merge", parents=[threads], help="weighted mean of checkpoints, as a model directory"
+    )
+    command.add_argument("sources", nargs="+", help="checkpoints of one architecture, any layout")
+    command.add_argument("--target", required=True, help="directory to write")
+    command.add_argument(
+        "--weights",
+        type=float,
+        nargs="+",
+        help="one per source, in any unit; they are divided by their sum (default: all alike)",
+    )
+    command.add_argument("--dtype", choices=config.DTYPES, help="default: the first source's")
+    command.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
+    command.set_defaults(run=_merge)
 
     command = commands.add_parser(
         "verify", parents=[threads], help="compare two checkpoints tensor by tensor"

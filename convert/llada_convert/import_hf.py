@@ -59,21 +59,41 @@ def import_checkpoint(
       ValueError: a fault of the checkpoint or of the arguments, with every tensor concerned.
       OSError: the disk is full, or may not be written.
     """
-    target = pathlib.Path(target).absolute()
     reader = readers.open_checkpoint(source, rules=rules, mesh=mesh)
     try:
         readers.require_sound(reader, dtype)
-        dtypes = {
-            leaf.path: checkpoint.target_dtype(leaf.path, reader.dtype(leaf), dtype)
-            for leaf in reader.leaves
-        }
-        _log_left_behind(reader)
-        with checkpoint.written_beside(target, overwrite=overwrite) as partial:
-            total = _write_params(reader, partial, dtypes, workers, chunk_bytes)
-            _write_side_files(reader, partial, dtypes)
-        return total
+        return write_model_directory(
+            reader,
+            target,
+            dtype=dtype,
+            overwrite=overwrite,
+            workers=workers,
+            chunk_bytes=chunk_bytes,
+        )
     finally:
         reader.close()
+
+
+def write_model_directory(
+    reader: readers.Reader,
+    target: str | os.PathLike[str],
+    *,
+    dtype: str | None,
+    overwrite: bool,
+    workers: int | None,
+    chunk_bytes: int = regions.CHUNK_BYTES,
+) -> int:
+    """Writes what a sound reader reads as a model directory; see `import_checkpoint`."""
+    target = pathlib.Path(target).absolute()
+    dtypes = {
+        leaf.path: checkpoint.target_dtype(leaf.path, reader.dtype(leaf), dtype)
+        for leaf in reader.leaves
+    }
+    _log_left_behind(reader)
+    with checkpoint.written_beside(target, overwrite=overwrite) as partial:
+        total = _write_params(reader, partial, dtypes, workers, chunk_bytes)
+        _write_side_files(reader, partial, dtypes)
+    return total
 
 
 def _write_params(

@@ -267,7 +267,11 @@ def train_step(
     def offset_of(model, part):
         # Masked positions of the same example get the same noise in every layout of the batch.
         return noise.embedding_offset(
-            key, part, model.embed.kernel[...], scale=inputs.embedding_noise, rules=model.rules
+            part.row_keys,
+            part.is_masked,
+            model.embed.kernel[...],
+            scale=inputs.embedding_noise,
+            rules=model.rules,
         )
 
     grads, loss, terms = gradient(
