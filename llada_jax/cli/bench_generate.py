@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for name in ("heads", "batch", "prompt_length", "gen_length", "block_length", "repeats"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: {getattr(args, name)} must be >= 1")
-    cfg = _model_config(args)
+    cfg = model_config(args)
     mesh_config = config.MeshConfig.parse(args.mesh)
     mesh_config.validate(cfg)
     if args.compare and mesh_config.data * mesh_config.fsdp > 1:
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         **{name: value for name, value in changes.items() if value is not None},
     )
     with jax.set_mesh(mesh):
-        model = _random_model(cfg, implementation, args.seed, args.logit_std)
+        model = random_model(cfg, implementation, args.seed, args.logit_std)
     generator = generate.Generator(model, mesh, max_batch=args.batch)
     rng = np.random.default_rng(args.seed)
     prompts = rng.integers(0, cfg.vocab_size - 8, (args.batch, args.prompt_length)).tolist()
@@ -232,7 +232,8 @@ class Uncached:
         return answer, forwards
 
 
-def _model_config(args: argparse.Namespace) -> config.ModelConfig:
+def model_config(args: argparse.Namespace) -> config.ModelConfig:
+    """The architecture that the flags describe."""
     positions = -(-(args.prompt_length + args.gen_length) // args.block_length) * args.block_length
     return config.ModelConfig(
         vocab_size=args.vocab_size,
@@ -264,9 +265,11 @@ def _model_config(args: argparse.Namespace) -> config.ModelConfig:
     )
 
 
-def _random_model(
+def random_model(
     cfg: config.ModelConfig, implementation: str, seed: int, logit_std: float
 ) -> transformer.LLaDA2:
+    """A model with random weights whose logits spread by `logit_std`; needs `jax.set_mesh`."""
+
     @jax.jit
     def build() -> transformer.LLaDA2:
         model = transformer.LLaDA2(
