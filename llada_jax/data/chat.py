@@ -4,12 +4,10 @@ Neither side is trusted. A template comes with a checkpoint, so it runs in jinja
 budget of work. Message text comes from users, so it cannot turn into control tokens.
 """
 
-import itertools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from llada_jax.data import template_sandbox, tokenizer_files
+from llada_jax.data import chat_marks, template_sandbox
 from llada_jax.data import tokenizer as tokenizer_lib
 
 Message = Mapping[str, Any]
@@ -96,10 +94,10 @@ class ChatTemplate:
                 chat, fails, leaves its sandbox or exceeds its budget.
         """
         variables = {
-            **_json_copy(extra, "template variables"),
+            **json_copy(extra, "template variables"),
             **self.special_tokens,
-            "messages": _checked_messages(messages, add_generation_prompt),
-            "tools": None if tools is None else _json_copy(list(tools), "tools"),
+            "messages": checked_messages(messages, add_generation_prompt),
+            "tools": None if tools is None else json_copy(list(tools), "tools"),
             "add_generation_prompt": add_generation_prompt,
         }
         return template_sandbox.on_a_budget(lambda: self._template.render(variables))
@@ -151,86 +149,25 @@ def encode_chat(
         text = template.render(messages, add_generation_prompt=add_generation_prompt, **options)
         return tokenizer.encode(text, allow_special=True)
 
-    messages = _checked_messages(messages, add_generation_prompt)
-    options = _json_copy(options, "tools and template variables")
+    messages = checked_messages(messages, add_generation_prompt)
+    options = json_copy(options, "tools and template variables")
     special_tokens = tokenizer.special_tokens
     fixed = [template.source, template.special_tokens, [*special_tokens]]
-    mark, end = _absent_characters([messages, options, fixed])
+    marks = chat_marks.Marks.for_data(special_tokens, [messages, options, fixed])
 
-    def mark_special(text: str) -> str:
-        # After the first character; a token of one character gets its mark before it.
-        starts = tokenizer_files.find_all(special_tokens, text)
-        cuts = [start if text[start] in special_tokens else start + 1 for start in starts]
-        bounds = [0, *cuts, len(text)]
-        return mark.join(text[a:b] for a, b in itertools.pairwise(bounds))
-
-    def mark_all(text: str) -> str:
-        return "".join(mark + character + end for character in text)
-
-    def render(marker: Callable[[str], str]) -> list[str]:
-        marked = []
-        for message in messages:
-            free = {k: _map_strings(v, marker) for k, v in message.items() if k in _FREE_TEXT}
-            rest = {k: _map_strings(v, mark_special) for k, v in message.items() if k != "role"}
-            marked.append({**message, **rest, **free})
-        text = template.render(
-            marked,
+    def render(marker: Callable[[str], str]) -> str:
+        return template.render(
+            marks.marked_messages(messages, marker),
             add_generation_prompt=add_generation_prompt,
-            **_map_strings(options, mark_special),
+            **chat_marks.map_strings(options, marks.mark_special),
         )
-        return _split_at(special_tokens, text, mark)
 
-    pieces = render(mark_special)
-    try:
-        controls = render(mark_all)[1::2]
-    except ValueError as error:
-        raise ValueError(f"{_DEPENDS_ON_TEXT} ({error})") from error
-    if pieces[1::2] != controls:
-        raise ValueError(_DEPENDS_ON_TEXT)
-    parts: list[str | int] = [piece.replace(mark, "") for piece in pieces]
-    parts[1::2] = [special_tokens[name] for name in controls]
-    return tokenizer.encode_parts([part for part in parts if part != ""])
+    text = render(marks.mark_special)
+    marks.check_controls(text, lambda: render(marks.mark_all))
+    return tokenizer.encode_parts(marks.parts(text))
 
 
-_FREE_TEXT = ("content", "reasoning_content", "name")
-_DEPENDS_ON_TEXT = (
-    "which control tokens the chat template writes depends on the text of the messages, so text "
-    "could pose as control tokens; change the messages, or pass allow_special=True to trust them"
-)
-
-
-def _split_at(special_tokens: Mapping[str, int], text: str, mark: str) -> list[str]:
-    """Splits text at unmarked control text: plain, control, plain, ..., control, plain."""
-    # A token of one character cannot be marked inside.
-    longest_first = [
-        re.escape(name) if len(name) > 1 else f"(?<!{mark}){re.escape(name)}"
-        for name in sorted(special_tokens, key=len, reverse=True)
-    ]
-    return re.split(f"({'|'.join(longest_first)})", text) if longest_first else [text]
-
-
-def _absent_characters(data: Any) -> tuple[str, str]:
-    """Returns two private-use characters that are nowhere in the data."""
-    used: set[str] = set()
-    _map_strings(data, lambda text: used.update(text) or text)
-    absent = [c for c in map(chr, range(0xE000, 0xF900)) if c not in used]
-    if len(absent) < 2:
-        raise ValueError("the chat uses every private-use character of Unicode; remove some")
-    return absent[0], absent[1]
-
-
-def _map_strings(data: Any, function: Callable[[str], str]) -> Any:
-    """Returns JSON data with the function applied to every string, keys included."""
-    if isinstance(data, str):
-        return function(data)
-    if isinstance(data, Mapping):
-        return {function(k): _map_strings(v, function) for k, v in data.items()}
-    if isinstance(data, list):
-        return [_map_strings(item, function) for item in data]
-    return data
-
-
-def _json_copy(data: Any, where: str, depth: int = 0) -> Any:
+def json_copy(data: Any, where: str, depth: int = 0) -> Any:
     """Copies JSON data, so that a template meets no other object and changes none of ours."""
     if depth > MAX_DEPTH:
         raise ValueError(f"{where}: nested deeper than {MAX_DEPTH} levels")
@@ -239,13 +176,13 @@ def _json_copy(data: Any, where: str, depth: int = 0) -> Any:
     if isinstance(data, str):
         return str(data)
     if isinstance(data, Mapping) and all(isinstance(key, str) for key in data):
-        return {str(k): _json_copy(v, f"{where}.{k}", depth + 1) for k, v in data.items()}
+        return {str(k): json_copy(v, f"{where}.{k}", depth + 1) for k, v in data.items()}
     if isinstance(data, list | tuple):
-        return [_json_copy(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(data)]
+        return [json_copy(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(data)]
     raise ValueError(f"{where}: a {type(data).__name__}, expected JSON data")
 
 
-def _checked_messages(
+def checked_messages(
     messages: Sequence[Message], add_generation_prompt: bool
 ) -> list[dict[str, Any]]:
     """Returns a copy of the messages, or raises `ValueError` with the index of the wrong one."""
@@ -275,7 +212,7 @@ def _checked_messages(
             )
         if calls is not None and not isinstance(calls, list | tuple):
             raise ValueError(f"{where}: tool_calls is a {type(calls).__name__}, expected a list")
-        checked.append(_json_copy(message, where))
+        checked.append(json_copy(message, where))
     if add_generation_prompt and all(message["role"] != "user" for message in checked):
         raise ValueError(
             f"none of the {len(checked)} messages is from the user, so there is nothing to answer"
