@@ -1,10 +1,13 @@
 """The wheel holds both packages, their type markers and the console scripts."""
 
 import configparser
+import json
+import os
 import pathlib
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 
 import pytest
@@ -51,9 +54,38 @@ def test_wheel_metadata(wheel):
         entry_points = configparser.ConfigParser()
         entry_points.read_string(archive.read(name).decode())
         licenses = [n for n in archive.namelist() if n.endswith(".dist-info/licenses/LICENSE")]
-    assert dict(entry_points["console_scripts"]) == {
-        "llada-convert": "llada_convert.cli:main",
-        "llada-generate": "llada_jax.cli.generate:main",
-        "llada-bench": "llada_jax.cli.bench:main",
-    }
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert dict(entry_points["console_scripts"]) == scripts
+    assert {"llada-convert", "llada-generate", "llada-bench"} <= scripts.keys()
     assert len(licenses) == 1
+
+
+@pytest.mark.slow
+def test_wheel_works_from_any_directory(wheel, golden, tmp_path):
+    """Unpacked where nothing of the checkout is, with a model there: convert, then generate."""
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    shutil.copytree(golden / "llada2_tiny_f32", tmp_path / "hf")
+    code = """
+import sys
+import llada_convert.cli, llada_jax, llada_jax.cli.bench, llada_jax.cli.generate
+assert llada_jax.__version__ == "0.1.0"
+for module in (llada_convert, llada_jax):
+    assert module.__file__.startswith(sys.argv[1]), module.__file__
+assert llada_convert.cli.main(["import", "hf", "model"]) == 0
+sys.exit(llada_jax.cli.generate.main(
+    ["model", "--token-ids", "-", "--json", "--gen-length", "8", "--block-length", "8"]
+))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(site)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(site)},
+        input="[1, 2, 3]",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["finish_reason"] in ("length", "stop")
