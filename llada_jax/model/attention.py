@@ -7,7 +7,7 @@ from llada_jax import config, sharding
 from llada_jax.model import cache as kv_cache
 from llada_jax.model import layers
 from llada_jax.ops import attention as attention_ops
-from llada_jax.ops import norm_rope
+from llada_jax.ops import block_mask, norm_rope, tile_attention
 
 
 class Attention(nnx.Module):
@@ -58,14 +58,22 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         rope: tuple[Float[Array, "B T R"], Float[Array, "B T R"]],
-        mask: Bool[Array, "#B T T"],
+        mask: Bool[Array, "#B T T"] | block_mask.MaskTags,
         cache: kv_cache.KVCache | None,
     ) -> tuple[Float[Array, "B T D"], kv_cache.BlockKV]:
-        """Attends to the same positions and, where given, to one layer's slice of the cache."""
+        """Attends to the same positions and, where given, to one layer's slice of the cache.
+
+        A mask given as tags is never built, and has no cache beside it.
+        """
         query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = norm_rope.apply_rope(query, *rope), norm_rope.apply_rope(key, *rope)
+        kv = kv_cache.BlockKV(key=key, value=value)
+        if isinstance(mask, block_mask.MaskTags):
+            assert cache is None
+            out = tile_attention.tile_attention(query, key, value, mask, rules=self.rules)
+            return self.o_proj(out), kv
         cached = {}
         if cache is not None:
             cached = {
@@ -74,4 +82,4 @@ class Attention(nnx.Module):
                 "cache_length": cache.length,
             }
         out = attention_ops.attention(query, key, value, mask, rules=self.rules, **cached)
-        return self.o_proj(out), kv_cache.BlockKV(key=key, value=value)
+        return self.o_proj(out), kv

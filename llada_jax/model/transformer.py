@@ -12,14 +12,27 @@ from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int
 
 from llada_jax import config, sharding
-from llada_jax.model import attention, layers, moe
+from llada_jax.model import attention as attention_layer
 from llada_jax.model import cache as kv_cache
-from llada_jax.ops import norm_rope
+from llada_jax.model import layers, moe
+from llada_jax.ops import block_mask, norm_rope
 
 # Implementations of `grouped_matmul` that index the whole stack of layers themselves. Slicing one
 # layer's experts out of the stack would copy them at every forward pass; on a CPU that copy takes
 # longer than the products of a block of 32 tokens.
 _READS_STACK = frozenset({"blocks"})
+
+ATTENTION = ("dense", "tiles")
+
+# What the backward pass of a layer finds kept from the forward pass: everything, only the layer's
+# input, or also the results of products with weights (attention scores and experts' rows are
+# computed again).
+_REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+REMAT = tuple(_REMAT_POLICIES)
 
 
 @struct.dataclass
@@ -54,7 +67,7 @@ class Block(nnx.Module):
     ):
         embed = cfg.hidden_size
         self.input_norm = layers.RMSNorm(embed, cfg, rules, stack=stack)
-        self.attention = attention.Attention(cfg, rules, stack=stack, rngs=rngs)
+        self.attention = attention_layer.Attention(cfg, rules, stack=stack, rngs=rngs)
         self.post_attention_norm = layers.RMSNorm(embed, cfg, rules, stack=stack)
         if is_moe:
             self.mlp = moe.MoE(cfg, rules, grouped_matmul=grouped_matmul, stack=stack, rngs=rngs)
@@ -65,7 +78,7 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         rope: tuple[Float[Array, "B T R"], Float[Array, "B T R"]],
-        mask: Bool[Array, "#B T T"],
+        mask: Bool[Array, "#B T T"] | block_mask.MaskTags,
         cache: kv_cache.KVCache | None,
         layer: Int[Array, ""] | None,
     ) -> tuple[Float[Array, "B T D"], kv_cache.BlockKV, Intermediates]:
@@ -93,6 +106,13 @@ class LLaDA2(nnx.Module):
       cfg: the architecture.
       rules: how parameters and activations are split over the current mesh.
       grouped_matmul: formulation of the experts' products, see `ops.grouped_matmul`.
+      attention: what is done where the mask is given as tags: "dense" builds it whole, "tiles"
+        leaves out its empty tiles.
+      remat: what of a layer the backward pass computes again: "none"; "dots", all but the products
+        with parameters; "full", everything.
+      slices_experts: whether a layer's experts are always cut out of their stack. Training needs
+        it: a formulation that reads the whole stack has a gradient as large as the stack, at every
+        layer.
       rngs: source of the initial parameters.
     """
 
@@ -102,8 +122,14 @@ class LLaDA2(nnx.Module):
         rules: sharding.AxisRules,
         *,
         grouped_matmul: str = "ragged_dot",
+        attention: str = "dense",
+        remat: str = "none",
+        slices_experts: bool = False,
         rngs: nnx.Rngs,
     ):
+        _check_option("attention", attention, ATTENTION)
+        _check_option("remat", remat, REMAT)
+
         def blocks(count: int, *, is_moe: bool) -> Block | None:
             if not count:
                 return None
@@ -122,6 +148,7 @@ class LLaDA2(nnx.Module):
         self.final_norm = layers.RMSNorm(cfg.hidden_size, cfg, rules)
         self.lm_head = None if cfg.tie_word_embeddings else layers.Embed(cfg, rules, rngs=rngs)
         self.cfg, self.rules, self.grouped_matmul = cfg, rules, grouped_matmul
+        self.attention, self.remat, self.slices_experts = attention, remat, slices_experts
 
     def __call__(
         self,
@@ -153,15 +180,29 @@ class LLaDA2(nnx.Module):
         tokens: Int[Array, "B T"],
         *,
         positions: Int[Array, "B T"],
-        mask: Bool[Array, "#B T T"],
+        mask: Bool[Array, "#B T T"] | block_mask.MaskTags,
         cache: kv_cache.KVCache | None = None,
+        embed_offset: Float[Array, "B T D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], kv_cache.BlockKV, list[Intermediates]]:
         """Normed hidden states, keys and values, and each stack's intermediates.
 
         Intermediates that the caller drops are removed by the compiler.
+
+        Args:
+          tokens: as in `__call__`.
+          positions: as in `__call__`.
+          mask: as in `__call__`, or tags that describe it; then there is no cache.
+          cache: as in `__call__`.
+          embed_offset: added to the tokens' embeddings.
         """
+        if cache is not None and isinstance(mask, block_mask.MaskTags):
+            raise ValueError("mask: tags describe whole texts and go without a cache")
+        if self.attention == "dense" and isinstance(mask, block_mask.MaskTags):
+            mask = block_mask.dense(mask)  # Once, not at every layer.
         with jax.named_scope("embed"):
             x = self.embed(tokens)
+            if embed_offset is not None:
+                x = x + embed_offset.astype(x.dtype)
         frequencies, factor = rope_parameters(self.cfg)
         rope = norm_rope.rope_table(positions, frequencies, factor, x.dtype)
         kvs, intermediates, first = [], [], 0
@@ -186,7 +227,7 @@ class LLaDA2(nnx.Module):
 
     def _scan(self, apply, stack, x, layer_cache, count):
         """Scans `apply` over a stack; experts stay outside the scanned leaves where they can."""
-        reads_stack = self.grouped_matmul in _READS_STACK
+        reads_stack = self.grouped_matmul in _READS_STACK and not self.slices_experts
         whole_filter = nnx.PathContains("experts") if reads_stack else nnx.Nothing()
         graph, whole, sliced = nnx.split(stack, whole_filter, ...)
 
@@ -196,6 +237,10 @@ class LLaDA2(nnx.Module):
             x, kv, inner = apply(block, x, layer_cache, index if reads_stack else None)
             return x, (kv, inner)
 
+        if self.remat != "none":
+            # Inside a scan the compiler cannot merge a layer with its second computation.
+            policy = _REMAT_POLICIES[self.remat]
+            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         x, (kv, inner) = jax.lax.scan(body, x, (sliced, layer_cache, jnp.arange(count)))
         return x, kv, inner
 
@@ -205,6 +250,11 @@ def _one_layer(block, x, layer_cache, index, *, rope, mask, length):
     if layer_cache is not None:
         cache = kv_cache.KVCache(key=layer_cache[0], value=layer_cache[1], length=length)
     return block(x, rope, mask, cache, index)
+
+
+def _check_option(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}: {value!r} is not one of {known}")
 
 
 def rope_parameters(cfg: config.ModelConfig) -> tuple[np.ndarray, float]:
@@ -237,14 +287,28 @@ def rope_parameters(cfg: config.ModelConfig) -> tuple[np.ndarray, float]:
 
 
 def abstract_model(
-    cfg: config.ModelConfig, rules: sharding.AxisRules, *, grouped_matmul: str = "ragged_dot"
+    cfg: config.ModelConfig,
+    rules: sharding.AxisRules,
+    *,
+    grouped_matmul: str = "ragged_dot",
+    attention: str = "dense",
+    remat: str = "none",
+    slices_experts: bool = False,
 ) -> LLaDA2:
     """The model with a ShapeDtypeStruct, sharding included, in place of every array.
 
-    Needs `jax.set_mesh(mesh)`.
+    Needs `jax.set_mesh(mesh)`. The options are those of `LLaDA2`.
     """
     model = jax.eval_shape(
-        lambda: LLaDA2(cfg, rules, grouped_matmul=grouped_matmul, rngs=nnx.Rngs(0))
+        lambda: LLaDA2(
+            cfg,
+            rules,
+            grouped_matmul=grouped_matmul,
+            attention=attention,
+            remat=remat,
+            slices_experts=slices_experts,
+            rngs=nnx.Rngs(0),
+        )
     )
     mesh = jax.sharding.get_mesh()
 

@@ -58,15 +58,16 @@ def token_statistics(
         raise ValueError(f"chunk_tokens is {chunk_tokens}; it must be at least 1")
     head_kernel = jax.reshard(head_kernel, rules.spec("vocab", None)).astype(hidden.dtype)
     chunk = min(chunk_tokens, hidden.shape[1])
-    nll, is_correct, entropy, _ = _statistics(
-        hidden, head_kernel, targets, chunk, with_entropy, rules
-    )
-    return TokenStatistics(nll=nll, is_correct=is_correct, entropy=entropy)
+    return _statistics(hidden, head_kernel, targets, chunk, with_entropy, rules)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _statistics(hidden, kernel, targets, chunk, with_entropy, rules):
-    """Returns nll, is_correct, entropy and the logarithm of the softmax's denominator."""
+    return _forward(hidden, kernel, targets, chunk, with_entropy, rules)[0]
+
+
+def _forward(hidden, kernel, targets, chunk, with_entropy, rules):
+    """Keeps the entropy and the logarithm of the softmax's denominator of each position."""
     rows, row_vectors = rules.spec("batch", None), rules.spec("batch", None, None)
 
     @functools.partial(
@@ -105,15 +106,12 @@ def _statistics(hidden, kernel, targets, chunk, with_entropy, rules):
         out = jax.lax.fori_loop(0, shape[1] // chunk, body, out)
         return tuple(a[:, : targets.shape[1]] for a in out)
 
-    return local(hidden, kernel, targets)
+    nll, is_correct, entropy, log_total = local(hidden, kernel, targets)
+    out = TokenStatistics(nll=nll, is_correct=is_correct, entropy=entropy)
+    return out, (hidden, kernel, targets, entropy, log_total)
 
 
-def _forward(hidden, kernel, targets, chunk, with_entropy, rules):
-    out = _statistics(hidden, kernel, targets, chunk, with_entropy, rules)
-    return out, (hidden, kernel, targets, out[2], out[3])
-
-
-def _backward(chunk, with_entropy, rules, residuals, cotangents):
+def _backward(chunk, with_entropy, rules, residuals, d_out):
     """Gradients to the hidden states and to the kernel, from logits computed again.
 
     With p the softmax and H the entropy, d nll / d logit_v is p_v - [v is the target], and
@@ -162,8 +160,10 @@ def _backward(chunk, with_entropy, rules, residuals, cotangents):
         return d_hidden[:, :length], d_kernel.astype(kernel.dtype)
 
     hidden, kernel, targets, entropy, log_total = residuals
-    d_nll, _, d_entropy, _ = cotangents
-    return *local(hidden, kernel, targets, entropy, log_total, d_nll, d_entropy), None
+    return (
+        *local(hidden, kernel, targets, entropy, log_total, d_out.nll, d_out.entropy),
+        None,
+    )
 
 
 _statistics.defvjp(_forward, _backward)

@@ -223,7 +223,8 @@ def _backward(tile, rules, residuals, d_out):
             _ungrouped(d_value[:, :, None], length),
         )
 
-    return *local(*residuals, d_out), None
+    query, key, value, tags, out, log_total = residuals
+    return *local(query, key, value, tags, out, log_total, d_out), None
 
 
 _attention.defvjp(_forward, _backward)
@@ -283,6 +284,5 @@ def _tile(array: Array, at: tuple[Array, Array], tile: int) -> Array:
 
 
 def _with_tile(array: Array, new: Array, at: tuple[Array, Array]) -> Array:
-    start = [0] * array.ndim
-    start[0], start[-2] = at
-    return jax.lax.dynamic_update_slice(array, new, start)
+    between = (0,) * (array.ndim - 3)
+    return jax.lax.dynamic_update_slice(array, new, (at[0], *between, at[1], 0))
