@@ -29,22 +29,24 @@ def replay(
     block_length: int | None,
     mask_id: int,
     is_shifted: bool = False,
+    segments: Int[Array, "B L"] | None = None,
 ) -> objective.Noised:
     """The reference trainer's batch, from what it recorded; weights are 1.
 
     Args:
-      clean: x_0, whole rows without padding.
+      clean: x_0.
       noised_tokens: x_t.
       labels: the clean token where it is supervised, else -100.
       block_length: tokens per block; None is masked diffusion without the clean half.
       mask_id: id of [MASK].
       is_shifted: whether position i predicts label i + 1 (`same_token_labels: false`).
+      segments: documents of the rows, for rows filled up with padding; by default one per row.
     """
     is_supervised = labels != _NO_LABEL
     positions = jax.lax.broadcasted_iota(jnp.int32, clean.shape, 1)
     batch = objective.Batch(
         tokens=clean,
-        segments=jnp.ones_like(clean),
+        segments=jnp.ones_like(clean) if segments is None else segments,
         positions=jax.reshard(positions, jax.typeof(clean).sharding.spec),
         is_target=is_supervised,
         example_ids=jnp.zeros_like(clean[:, 0]),
