@@ -1,0 +1,144 @@
+"""Model directories: what is saved comes back, and what is damaged is refused by name."""
+
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from llada_convert import cli, import_hf
+from llada_jax import checkpoint, config, generate, sharding
+
+RULES = sharding.SERVE_RULES
+
+
+def arrays(model) -> dict[str, np.ndarray]:
+    """Every parameter by its dotted path."""
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model)))
+    return {checkpoint.dotted(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def load_hf(directory, mesh="1,1,1,1"):
+    with jax.set_mesh(sharding.make_mesh(config.MeshConfig.parse(mesh))):
+        return import_hf.load_hf_model(directory, rules=RULES)
+
+
+def load(directory, mesh="1,1,1,1"):
+    with jax.set_mesh(sharding.make_mesh(config.MeshConfig.parse(mesh))):
+        return checkpoint.load_model(directory, rules=RULES)
+
+
+@pytest.fixture
+def saved(golden, tmp_path):
+    """A model directory of the golden model, written from memory."""
+    source = golden / "llada2_tiny_f32"
+    checkpoint.save_model(load_hf(source), tmp_path / "model", beside=source)
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("mesh", ["1,1,1,1", "1,2,2,2"])
+@pytest.mark.parametrize("name", ["llada2_tiny_f32", "llada2_tiny_bf16"])
+def test_a_saved_model_comes_back_on_any_mesh(golden, tmp_path, name, mesh):
+    model = load_hf(golden / name, mesh)
+    checkpoint.save_model(model, tmp_path / "model", beside=golden / name)
+    wanted = arrays(model)
+    for other in ("1,1,1,1", "1,1,4,2"):
+        got = arrays(load(tmp_path / "model", other))
+        assert got.keys() == wanted.keys()
+        for path, array in wanted.items():
+            assert got[path].dtype == array.dtype
+            assert got[path].tobytes() == array.tobytes()
+    assert cli.main(["verify", str(golden / name), str(tmp_path / "model")]) == 0
+    assert cli.main(["export", str(tmp_path / "model"), str(tmp_path / "hf")]) == 0
+    assert cli.main(["verify", str(golden / name), str(tmp_path / "hf")]) == 0
+
+
+def test_a_saved_model_generates(saved):
+    assert checkpoint.is_model_directory(saved)
+    assert (saved / "generation_config.json").is_file()
+    generator = generate.Generator.from_pretrained(saved)
+    answer = generator.generate([[1, 2, 3]], gen_length=8, block_length=8)[0]
+    assert len(answer.token_ids) == 8
+
+
+def test_saving_replaces_only_when_asked(saved):
+    model = load(saved)
+    with pytest.raises(ValueError, match="already exists"):
+        checkpoint.save_model(model, saved)
+    zeros = jax.tree.map(lambda a: a * 0, model)
+    checkpoint.save_model(zeros, saved, overwrite=True)
+    assert not any(a.any() for a in arrays(load(saved)).values())
+    assert [p.name for p in saved.parent.iterdir()] == ["model"]
+
+
+@pytest.fixture
+def imported(golden, tmp_path):
+    """A model directory as `llada-convert import` writes it: chunks are plain files."""
+    target = tmp_path / "model"
+    assert cli.main(["import", str(golden / "llada2_tiny_f32"), str(target)]) == 0
+    return target
+
+
+def test_every_lost_or_shortened_chunk_is_listed(imported):
+    lost = imported / "params/final_norm.scale/0"
+    short = imported / "params/lm_head.kernel/0.0"
+    lost.unlink()
+    os.truncate(short, 100)
+    with pytest.raises(ValueError, match="damaged") as error:
+        load(imported)
+    assert "final_norm.scale: chunk 0 is missing" in str(error.value)
+    assert "lm_head.kernel: chunk 0.0 is 100 bytes instead of 131072" in str(error.value)
+
+
+def test_a_config_of_another_model_is_refused_with_every_parameter(imported):
+    path = imported / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 510}))
+    with pytest.raises(ValueError, match="of another config") as error:
+        load(imported)
+    for name in ("embed.kernel", "lm_head.kernel"):
+        assert f"{name}: shape (512, 64), config.json wants (510, 64)" in str(error.value)
+    assert "q_proj" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("llada_jax.json", None, "no model directory"),
+        ("llada_jax.json", '{"format": "llada_jax model", "version": 99}', "version 99"),
+        ("llada_jax.json", "[]", "no JSON object"),
+        ("config.json", None, "no model directory"),
+        ("config.json", "{", "no valid JSON"),
+        ("params/_METADATA", None, "no model directory"),
+        ("params/_METADATA", "{}", "cannot be read as an Orbax checkpoint"),
+    ],
+)
+def test_damaged_files_are_named(imported, name, content, message):
+    if content is None:
+        (imported / name).unlink()
+    else:
+        (imported / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load(imported)
+
+
+def test_what_a_killed_conversion_left_is_no_model(imported):
+    left = imported.with_name("model.incomplete")
+    imported.rename(left)
+    assert not checkpoint.is_model_directory(left)
+    with pytest.raises(ValueError, match="did not finish; run it again"):
+        load(left)
+
+
+def test_a_hugging_face_directory_names_the_remedy(golden):
+    with pytest.raises(ValueError, match="llada-convert import"):
+        load(golden / "llada2_tiny_f32")
+
+
+def test_ids_come_from_the_generation_config_and_stay_there(golden, imported):
+    published = json.loads((golden / "llada2_tiny_f32/config.json").read_text())
+    assert "mask_token_id" not in published
+    cfg = checkpoint.load_config(imported)
+    assert (cfg.mask_token_id, cfg.eos_token_ids) == (503, (500,))
+    assert json.loads((imported / "config.json").read_text()) == published
