@@ -56,7 +56,7 @@ def test_wheel_metadata(wheel):
         licenses = [n for n in archive.namelist() if n.endswith(".dist-info/licenses/LICENSE")]
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert dict(entry_points["console_scripts"]) == scripts
-    assert {"llada-convert", "llada-generate", "llada-bench"} <= scripts.keys()
+    assert {"llada-convert", "llada-data", "llada-generate", "llada-bench"} <= scripts.keys()
     assert len(licenses) == 1
 
 

@@ -1,6 +1,7 @@
 """What the files beside a vocabulary say, and what both kinds of tokenizer do with text and ids."""
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 import re
@@ -137,3 +138,14 @@ def find_all(texts: Iterable[str], text: str) -> list[int]:
     first = "".join(sorted({re.escape(candidate[0]) for candidate in texts}))
     pattern = f"(?=[{first}])(?={'|'.join(map(re.escape, texts))})"
     return [match.start() for match in re.finditer(pattern, text)]
+
+
+def fingerprint(directory: pathlib.Path) -> str:
+    """Returns a digest of the files that say which id a token has, the same for every copy."""
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    files = [directory / name for name in names if (directory / name).is_file()]
+    digest = hashlib.sha256()
+    for path in [*files, *sorted(directory.glob("*.model"))]:
+        content = path.read_bytes()
+        digest.update(f"{path.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:32]
