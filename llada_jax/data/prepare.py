@@ -131,7 +131,7 @@ def _plan(
     known.pop("tokenizer")
     spans = json.dumps(pieces).encode()
     return {
-        "options": known,
+        **{f"option {name}": value for name, value in known.items()},
         "tokenizer": meta.tokenizer,
         "inputs": [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files],
         "pieces": [len(pieces), hashlib.sha256(spans).hexdigest()],

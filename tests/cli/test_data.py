@@ -373,7 +373,7 @@ def test_another_run_does_not_go_on(run, tmp_path):
     leave_work(run, tmp_path, path)
     status, _, errors = run(path, "--piece-bytes", 1000, "--strict", "--eos", "none")
     assert status == 2
-    assert "an interrupted run left it, with other options" in errors
+    assert "an interrupted run left it, with other option add_eos;" in errors
     path.write_text(path.read_text() + '{"text": "more"}\n')
     status, _, errors = run(path, "--piece-bytes", 1000, "--strict")
     assert status == 2
