@@ -284,7 +284,7 @@ def train_step(
         offset_of if has_embedding_noise else None,
     )
     with jax.named_scope("update"):
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         is_bad = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
         factor = opts.bad_step.spike_factor
         if factor is not None:
@@ -315,7 +315,7 @@ def train_step(
         "train/is_bad": is_bad,
         "train/skipped_in_a_row": jnp.where(is_bad, state.skipped + 1, 0),
         "train/z_loss": terms.z,
-        "train/update_norm": optax.global_norm(updates),
+        "train/update_norm": optax.tree.norm(updates),
     }
     if terms.load.size:
         metrics |= load_metrics(terms.load)

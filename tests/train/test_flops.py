@@ -20,9 +20,7 @@ def test_pairs_are_those_of_the_mask(lengths, block_length):
     else:
         tags = masks.masked_diffusion(jnp.asarray(segments))
     wanted = int(block_mask.dense(tags).sum())
-    got = flops.allowed_pairs(
-        np.array(lengths), block_length, has_clean_half=bool(block_length)
-    )
+    got = flops.allowed_pairs(np.array(lengths), block_length, has_clean_half=bool(block_length))
     assert got == wanted
 
 

@@ -1,5 +1,7 @@
 """Learning rates against the reference trainer's, and their shapes."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -32,7 +34,7 @@ def test_wsd_is_constant_until_its_decay():
     got = [rate(i, 100) for i in range(101)]
     assert got[:3] == [0.0, 0.1, 0.2]
     assert got[10:81] == [1.0] * 71
-    assert all(a > b for a, b in zip(got[80:], got[81:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(got[80:]))
     assert got[100] == pytest.approx(0.1)
 
 

@@ -1,0 +1,154 @@
+"""A whole run: what it leaves, and that nothing about it changes when it is interrupted."""
+
+import dataclasses
+import os
+import pathlib
+import signal
+
+import numpy as np
+import pytest
+
+from llada_convert import export_hf
+from llada_jax import checkpoint, config, generate
+from llada_jax.train import checkpoints, loop, metrics, options
+from tests.convert.conftest import read_tensors
+from tests.train import kill_many, runs
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return runs.write_data(folder / "train"), runs.write_data(folder / "heldout", seed=9)
+
+
+def configuration(data, **changes):
+    train, heldout = data
+    held = {
+        "sources": [{"path": heldout}],
+        "packing": {"row_length": 32, "block_length": 8},
+        "num_epochs": 1,
+        "shuffle": False,
+    }
+    evaluation = {"data": held, "every_steps": 5, "block_lengths": [8, 0], "num_batches": 1}
+    return options.from_mapping(runs.run_config(train, eval=evaluation, **changes))
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """A run from its first step to its last."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    outcome = loop.run(configuration(data), workdir)
+    assert outcome == loop.Outcome(step=10, is_finished=True, model=workdir / "model")
+    return workdir
+
+
+def tensors(model: pathlib.Path, out: pathlib.Path):
+    export_hf.export_checkpoint(model, out)
+    return read_tensors(out)
+
+
+def assert_same(workdir, other, tmp_path, *, atol=0.0):
+    got = tensors(workdir / "model", tmp_path / "got")
+    wanted = tensors(other / "model", tmp_path / "wanted")
+    assert got.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        if atol:
+            np.testing.assert_allclose(got[key], tensor, atol=atol, err_msg=key)
+        else:
+            assert got[key].tobytes() == tensor.tobytes(), key
+
+
+def test_run_learns_and_reports_every_step_once(whole):
+    lines = metrics.read_metrics(whole)
+    steps = [line for line in lines if "train/loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 11))
+    assert [line["phase"] for line in steps] == ["blocks"] * 6 + ["whole"] * 4
+    for line in steps:
+        assert line["train/learning_rate"] == 3e-3
+        assert line["flops/model"] > 0
+        assert 0 <= line["time/goodput"] <= 1
+        assert not line["train/is_bad"]
+    evals = [line for line in lines if "eval/bound_8" in line]
+    assert [line["step"] for line in evals] == [5, 10]
+    assert evals[1]["eval/bound_8"] < evals[0]["eval/bound_8"] < np.log(64) + 1
+    assert "eval/bound_full" in evals[0]
+
+
+def test_only_the_newest_steps_stay_and_each_is_a_model_directory(whole):
+    steps = kill_many.steps_saved(whole)
+    assert steps == [8, 10]
+    for step in steps:
+        folder = whole / checkpoints.FOLDER / f"{step:08d}"
+        assert checkpoint.is_model_directory(folder)
+    last = whole / checkpoints.FOLDER / "00000010"
+    got, wanted = checkpoint.stored_arrays(last), checkpoint.stored_arrays(whole / "model")
+    assert got.keys() == wanted.keys()
+
+
+def test_trained_model_is_exported_loaded_and_generates(whole, tmp_path):
+    export_hf.export_checkpoint(whole / "model", tmp_path / "hf")
+    ours = generate.Generator.from_pretrained(whole / "model")
+    back = generate.Generator.from_pretrained(tmp_path / "hf")
+    prompt = [[5, 6, 7, 5, 6, 7]]
+    answer = ours.generate(prompt, gen_length=16, block_length=8)[0]
+    assert answer.token_ids == back.generate(prompt, gen_length=16, block_length=8)[0].token_ids
+    assert 1 <= len(answer.token_ids) <= 16
+
+
+def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(data, whole, tmp_path, monkeypatch):
+    cfg, workdir = configuration(data), tmp_path / "run"
+    monkeypatch.setattr(
+        metrics,
+        "log_line",
+        lambda step, *_: os.kill(os.getpid(), signal.SIGTERM) if step in (3, 7) else None,
+    )
+    ends = []
+    while not ends or not ends[-1].is_finished:
+        ends.append(loop.run(cfg, workdir))
+    # A step's figures are read while the next one runs, so that one is the last.
+    assert [end.step for end in ends] == [5, 9, 10]
+    assert_same(workdir, whole, tmp_path)
+    steps = [m["step"] for m in metrics.read_metrics(workdir) if "train/loss" in m]
+    assert steps == list(range(1, 11))
+
+
+@pytest.mark.slow
+def test_another_mesh_goes_on_from_the_same_step(data, whole, tmp_path, monkeypatch):
+    cfg, workdir = configuration(data), tmp_path / "run"
+    monkeypatch.setattr(
+        metrics,
+        "log_line",
+        lambda step, *_: os.kill(os.getpid(), signal.SIGTERM) if step == 3 else None,
+    )
+    assert not loop.run(cfg, workdir).is_finished
+    other = dataclasses.replace(cfg, mesh=config.MeshConfig(data=2, expert=2, tensor=2))
+    assert loop.run(other, workdir).is_finished
+    assert_same(workdir, whole, tmp_path, atol=2e-3)
+
+
+def test_another_model_or_stream_of_data_is_refused(data, whole, tmp_path):
+    cfg = configuration(data)
+    wider = dataclasses.replace(
+        cfg, model=options.ModelOptions(preset="tiny", overrides={"vocab_size": 64})
+    )
+    with pytest.raises(ValueError, match="mask_token_id"):
+        loop.run(wider, whole)
+    seeded = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, seed=5))
+    with pytest.raises(ValueError, match="seed"):
+        loop.run(seeded, whole)
+
+
+def test_a_bad_step_is_reported_with_its_rows_and_stops_the_run(data, tmp_path):
+    rate = {"peak": 1e30, "kind": "constant"}  # the second step's loss is no number
+    phases = [{"name": "a", "objective": "masked_diffusion", "steps": 8, "learning_rate": rate}]
+    cfg = configuration(data, phases=phases, bad_step={"action": "stop"})
+    with pytest.raises(loop.BadStepError, match=r"step [23]: loss .* rows (8 to 15|16 to 23)"):
+        loop.run(cfg, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_killed_runs_end_as_undisturbed_ones(tmp_path):
+    cfg = kill_many.write_config(tmp_path, steps=20)
+    result = kill_many.kill_many(cfg, tmp_path, kills=2, seed=1)
+    assert result["is_equal"], result
+    assert len(result["kills"]) == 2
