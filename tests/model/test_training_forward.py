@@ -1,0 +1,194 @@
+"""Gradients of the whole model: the same whatever computes them, wherever; and what is kept."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from llada_jax import config, sharding
+from llada_jax.model import transformer
+from llada_jax.ops import block_mask, cross_entropy
+
+RULES = sharding.TRAIN_RULES
+MESHES = {
+    "1111": config.MeshConfig(),
+    "2122": config.MeshConfig(data=2, expert=2, tensor=2),
+    "1421": config.MeshConfig(fsdp=4, expert=2),
+    "1181": config.MeshConfig(expert=8),
+}
+ROWS, LENGTH, BLOCK = 4, 18, 4
+PLAIN = {"grouped_matmul": "ragged_dot"}
+TILES = {"attention": "tiles"}
+BLOCKS = {"grouped_matmul": "blocks", "slices_experts": True}
+VARIANTS = {
+    "tiles": ("1111", TILES),
+    "blocks": ("1111", BLOCKS),
+    "blocks of the whole stack": ("1111", {"grouped_matmul": "blocks"}),
+    "remat full": ("1111", {"remat": "full"}),
+    "remat dots": ("1111", {"remat": "dots"}),
+    "all of them": ("1111", TILES | BLOCKS | {"remat": "full"}),
+    "plain on 2122": ("2122", {}),
+    "blocks on 2122": ("2122", TILES | BLOCKS | {"remat": "dots"}),
+    "plain on 1421": ("1421", {"remat": "full"}),
+    "blocks on 1421": ("1421", TILES | BLOCKS),
+    "blocks on 1181": ("1181", TILES | BLOCKS | {"remat": "full"}),
+}
+
+
+def tiny_config(**changes):
+    cfg = dataclasses.replace(config.ModelConfig.preset("tiny"), dtype="float32", **changes)
+    return cfg
+
+
+def random_model(cfg, mesh, **options):
+    """A model of NumPy weights, the same on any mesh."""
+    model = transformer.abstract_model(cfg, RULES, **options)
+    rng = np.random.default_rng(0)
+
+    def draw(leaf):
+        fan_in = leaf.shape[-2] if len(leaf.shape) > 1 else 1
+        values = rng.standard_normal(leaf.shape, np.float32) / np.sqrt(fan_in)
+        return jax.device_put(values.astype(leaf.dtype), leaf.sharding)
+
+    return jax.tree.map(draw, model)
+
+
+def batch():
+    """Two documents and padding in each row, [x_t ; x_0], and noise for some embeddings."""
+    rng = np.random.default_rng(5)
+    segment = np.repeat([1, 2, 0], [9, 7, 2])
+    place = np.concatenate([np.arange(9), np.arange(7), np.arange(2)])
+    tags = block_mask.MaskTags(
+        segment=np.tile(segment, (ROWS, 2)).astype(np.int32),
+        block=np.tile(place // BLOCK, (ROWS, 2)).astype(np.int32),
+        is_clean=np.tile(np.repeat([False, True], LENGTH), (ROWS, 1)),
+    )
+    vocab = tiny_config().vocab_size
+    return {
+        "tokens": rng.integers(0, vocab, (ROWS, 2 * LENGTH), np.int32),
+        "positions": np.tile(place, (ROWS, 2)).astype(np.int32),
+        "tags": tags,
+        "targets": rng.integers(0, vocab, (ROWS, LENGTH), np.int32),
+        "weights": rng.random((ROWS, LENGTH), np.float32),
+        "offset": rng.standard_normal((ROWS, 2 * LENGTH, tiny_config().hidden_size), np.float32),
+    }
+
+
+def loss_of(model, batch):
+    """Weighted likelihood, entropy and router z-loss: all that training takes gradients of."""
+    hidden, _, intermediates = model.hidden_states(
+        batch["tokens"],
+        positions=batch["positions"],
+        mask=batch["tags"],
+        embed_offset=batch["offset"],
+    )
+    head = model.embed if model.lm_head is None else model.lm_head
+    length = batch["targets"].shape[1]
+    found = cross_entropy.token_statistics(
+        hidden[:, :length],
+        head.kernel[...],
+        batch["targets"],
+        chunk_tokens=7,
+        with_entropy=True,
+        rules=RULES,
+    )
+    routing = intermediates[-1].routing
+    assert routing is not None
+    z_loss = jnp.mean(jnp.square(jax.nn.logsumexp(routing.logits, axis=-1)))
+    per_token = found.nll + 0.5 * jnp.where(found.is_correct, found.entropy, 0.0)
+    return jnp.sum(batch["weights"] * per_token) / (ROWS * LENGTH) + 0.1 * z_loss
+
+
+def gradients(mesh_name, options):
+    mesh = sharding.make_mesh(MESHES[mesh_name])
+    with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
+        model = random_model(tiny_config(), mesh, **(PLAIN | options))
+        graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+        def place(array):
+            spec = RULES.spec("batch", *[None] * (array.ndim - 1))
+            return jax.device_put(array, jax.NamedSharding(mesh, spec))
+
+        def loss(params, rest, batch):
+            return loss_of(nnx.merge(graph, params, rest), batch)
+
+        value, found = jax.jit(jax.value_and_grad(loss))(params, rest, jax.tree.map(place, batch()))
+        for parameter, gradient in zip(
+            jax.tree.leaves(params), jax.tree.leaves(found), strict=True
+        ):
+            assert gradient.sharding == parameter.sharding
+    named = jax.tree.leaves_with_path(nnx.to_pure_dict(found))
+    return float(value), {jax.tree_util.keystr(path): np.asarray(g) for path, g in named}
+
+
+@pytest.fixture(scope="module")
+def wanted():
+    value, found = gradients("1111", {})
+    for name, gradient in found.items():
+        assert np.abs(gradient).max() > 1e-5, name
+    return value, found
+
+
+@pytest.mark.parametrize(("mesh", "options"), VARIANTS.values(), ids=VARIANTS)
+def test_gradients_are_the_same(wanted, mesh, options):
+    value, found = gradients(mesh, options)
+    np.testing.assert_allclose(value, wanted[0], atol=1e-5)
+    for name, gradient in found.items():
+        scale = np.abs(wanted[1][name]).max()
+        np.testing.assert_allclose(
+            gradient / scale, wanted[1][name] / scale, atol=1e-4, err_msg=name
+        )
+
+
+@pytest.mark.parametrize("option", [{"attention": "sparse"}, {"remat": "some"}])
+def test_an_unknown_option_is_refused_with_the_known_ones(option):
+    (name,) = option
+    with (
+        jax.set_mesh(sharding.make_mesh()),
+        pytest.raises(ValueError, match=f"{name}: .* is not one of"),
+    ):
+        transformer.abstract_model(tiny_config(), RULES, **option)
+
+
+def temporary_bytes(num_layers, length, **options):
+    """Of the gradient of the loss of one row, by the compiler's account."""
+    cfg = tiny_config(num_hidden_layers=num_layers)
+    mesh = sharding.make_mesh()
+    with jax.set_mesh(mesh):
+        model = transformer.abstract_model(cfg, RULES, **options)
+        graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+        def loss(params, rest, batch):
+            return loss_of(nnx.merge(graph, params, rest), batch)
+
+        def abstract(shape, dtype):
+            spec = RULES.spec("batch", *[None] * (len(shape) - 1))
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
+
+        whole, half = (1, length), (1, length // 2)
+        arrays = {
+            "tokens": abstract(whole, jnp.int32),
+            "positions": abstract(whole, jnp.int32),
+            "tags": block_mask.MaskTags(
+                segment=abstract(whole, jnp.int32),
+                block=abstract(whole, jnp.int32),
+                is_clean=abstract(whole, bool),
+            ),
+            "targets": abstract(half, jnp.int32),
+            "weights": abstract(half, jnp.float32),
+            "offset": abstract((*whole, cfg.hidden_size), jnp.float32),
+        }
+        compiled = jax.jit(jax.grad(loss)).lower(params, rest, arrays).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_a_layer_recomputed_in_full_keeps_its_input_and_its_router_logits_only():
+    cfg, length = tiny_config(), 2048
+    options = TILES | BLOCKS | {"remat": "full"}
+    few, many = (temporary_bytes(layers, length, **options) for layers in (3, 7))
+    layer_input, logits = (4 * length * n for n in (cfg.hidden_size, cfg.num_experts))
+    parameters = 4 * transformer.num_parameters(tiny_config(num_hidden_layers=4))
+    assert many - few < 4 * (layer_input + 2 * logits) + parameters
