@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from llada_jax import sharding
 
 # Purposes that a row's key is folded with; a purpose's number never changes.
-_RANK, _LEVEL, _MASK, _EDIT_ROW, _RATE, _REPLACE, _TOKEN, _COPY, _EMBEDDING = range(9)
+_LEVEL, _CORRUPTION, _COPY = range(3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,8 +183,8 @@ def noise_levels(
     def one(row_key: Array, is_target: Array, starts: Array) -> tuple[Array, ...]:
         # Whatever a block has stands at its first position.
         is_used = jnp.zeros_like(is_target).at[starts].max(is_target)
-        order = jax.random.bits(jax.random.fold_in(row_key, _RANK), (length,), jnp.uint32)
-        return is_used, order, jax.random.uniform(jax.random.fold_in(row_key, _LEVEL), (length,))
+        order, jitter = jax.random.bits(jax.random.fold_in(row_key, _LEVEL), (2, length))
+        return is_used, order, _uniform(jitter)
 
     is_used, order, unit = _by_rows(one, key, example_ids, is_target, starts)
     if cfg.is_stratified:
@@ -227,29 +227,32 @@ def corrupt(
     level = noise_levels(key, is_target, starts, example_ids, cfg)
     length = tokens.shape[1]
 
-    def one(row_key: Array, tokens: Array, is_target: Array, level: Array) -> Corruption:
-        def uniform(purpose: int, shape: tuple[int, ...] = ()) -> Array:
-            return jax.random.uniform(jax.random.fold_in(row_key, purpose), shape)
+    num_copies = 2 if cfg.is_complementary else 1
+    num_draws = 2 + 3 * num_copies if cfg.replace_rate else 1
 
-        is_masked = hidden(uniform(_MASK, (length,)), level, is_target)
+    def one(row_key: Array, tokens: Array, is_target: Array, level: Array) -> Corruption:
+        bits = jax.random.bits(jax.random.fold_in(row_key, _CORRUPTION), (num_draws, length))
+        draws = _uniform(bits)
+        is_masked = hidden(draws[0], level, is_target)
         copies = [(level, is_masked)]
         if cfg.is_complementary:
             # The second of a pair masks with the probability that the first does not.
             copies.append((jnp.maximum(1 - level, cfg.low), is_target & ~is_masked))
-        is_own = jnp.asarray(False)
+        is_own, is_edited = jnp.asarray(False), jnp.asarray(bool(cfg.replace_rate))
         if cfg.replace_rate and cfg.replace_rows == "own":
-            is_own = uniform(_EDIT_ROW) < cfg.replace_row_share
-        is_edited = is_own if cfg.replace_rows == "own" else jnp.asarray(bool(cfg.replace_rate))
+            is_own = is_edited = draws[1, 0] < cfg.replace_row_share
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(row_key, _COPY), i))(
+            jnp.arange(num_copies)
+        )
         out = []
         for copy, (level, is_masked) in enumerate(copies):
             is_masked = is_masked & ~is_own
-            copy_key = jax.random.fold_in(jax.random.fold_in(row_key, _COPY), copy)
             is_shown = is_target & ~is_masked & is_edited
-            is_replaced = jnp.zeros_like(is_masked)
-            noised = tokens
+            is_replaced, noised = jnp.zeros_like(is_masked), tokens
             if cfg.replace_rate:
-                is_replaced = is_shown & _chosen(copy_key, length, cfg.replace_rate)
-                noised = jnp.where(is_replaced, _other_tokens(copy_key, tokens, cfg), tokens)
+                rate, chosen, token = draws[2 + 3 * copy :][:3]
+                is_replaced = is_shown & (chosen < cfg.replace_rate * rate[0])
+                noised = jnp.where(is_replaced, _other_tokens(token, tokens, cfg), tokens)
             out.append(
                 Corruption(
                     level=level,
@@ -257,7 +260,7 @@ def corrupt(
                     tokens=jnp.where(is_masked, jnp.asarray(cfg.mask_id, tokens.dtype), noised),
                     is_replaced=is_replaced,
                     is_kept=is_shown & ~is_replaced,
-                    row_keys=jax.random.key_data(copy_key),
+                    row_keys=jax.random.key_data(keys[copy]),
                 )
             )
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *out)
@@ -281,14 +284,13 @@ def merge_copies(x: Array) -> Array:
     return jnp.reshape(x, (-1, *x.shape[2:]), out_sharding=P(spec[0], *spec[2:]))
 
 
-def _chosen(copy_key: Array, length: int, highest_rate: float) -> Bool[Array, " L"]:
-    """Positions chosen independently, at a rate drawn from 0 to the highest."""
-    rate = highest_rate * jax.random.uniform(jax.random.fold_in(copy_key, _RATE))
-    return jax.random.uniform(jax.random.fold_in(copy_key, _REPLACE), (length,)) < rate
+def _uniform(bits: UInt[Array, "..."]) -> Float[Array, "..."]:
+    """Random bits as numbers in [0, 1), of as many bits as float32 tells apart there."""
+    return (bits >> 8).astype(jnp.float32) * 2.0**-24
 
 
-def _other_tokens(copy_key: Array, tokens: Int[Array, " L"], cfg: NoiseConfig) -> Array:
-    """Uniform draws from the ordinary tokens, the given ones themselves left out."""
+def _other_tokens(uniform: Float[Array, " L"], tokens: Int[Array, " L"], cfg: NoiseConfig) -> Array:
+    """The ordinary tokens that uniform numbers pick, the given ones themselves left out."""
     never = np.asarray(cfg.never_drawn, np.int32)
     # Ordinary tokens are counted in the order of their ids. The k-th has the id k plus the number
     # of special ids that at most k ordinary ones come before.
@@ -297,7 +299,7 @@ def _other_tokens(copy_key: Array, tokens: Int[Array, " L"], cfg: NoiseConfig) -
     own = tokens - (never < tokens[:, None]).sum(axis=-1)
     # Where the token itself is ordinary there is one choice less, and it is stepped over.
     count = cfg.vocab_size - len(never) - is_ordinary.astype(jnp.int32)
-    drawn = jax.random.randint(jax.random.fold_in(copy_key, _TOKEN), tokens.shape, 0, count)
+    drawn = jnp.minimum((uniform * count).astype(jnp.int32), count - 1)
     drawn += is_ordinary & (drawn >= own)
     return (drawn + (ordinary_before <= drawn[:, None]).sum(axis=-1)).astype(tokens.dtype)
 
@@ -329,8 +331,9 @@ def embedding_offset(
 
     def local(keys: Array, is_masked: Array, deviation: Array) -> Array:
         def one(data: Array, is_masked: Array) -> Array:
-            key = jax.random.fold_in(jax.random.wrap_key_data(data), _EMBEDDING)
-            drawn = jax.random.normal(key, (*is_masked.shape, width), jnp.float32)
+            drawn = jax.random.normal(
+                jax.random.wrap_key_data(data), (*is_masked.shape, width), jnp.float32
+            )
             return jnp.where(is_masked[:, None], deviation * drawn, 0.0).astype(table.dtype)
 
         return jax.vmap(one)(keys, is_masked)
