@@ -24,23 +24,21 @@ PLAIN = {"grouped_matmul": "ragged_dot"}
 TILES = {"attention": "tiles"}
 BLOCKS = {"grouped_matmul": "blocks", "slices_experts": True}
 VARIANTS = {
-    "tiles": ("1111", TILES),
-    "blocks": ("1111", BLOCKS),
+    "tiles": ("1111", TILES | {"remat": "dots"}),
+    "blocks": ("1111", BLOCKS | {"remat": "full"}),
     "blocks of the whole stack": ("1111", {"grouped_matmul": "blocks"}),
-    "remat full": ("1111", {"remat": "full"}),
-    "remat dots": ("1111", {"remat": "dots"}),
-    "all of them": ("1111", TILES | BLOCKS | {"remat": "full"}),
-    "plain on 2122": ("2122", {}),
+    "plain on 2122": ("2122", {"remat": "full"}),
     "blocks on 2122": ("2122", TILES | BLOCKS | {"remat": "dots"}),
-    "plain on 1421": ("1421", {"remat": "full"}),
-    "blocks on 1421": ("1421", TILES | BLOCKS),
-    "blocks on 1181": ("1181", TILES | BLOCKS | {"remat": "full"}),
+    "blocks on 1421": ("1421", TILES | BLOCKS | {"remat": "full"}),
+    "blocks on 1181": ("1181", TILES | BLOCKS),
 }
+# Compiling takes nearly all of the time, and such small programs gain nothing from optimisation.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def tiny_config(**changes):
-    cfg = dataclasses.replace(config.ModelConfig.preset("tiny"), dtype="float32", **changes)
-    return cfg
+    changes = {"num_hidden_layers": 2, "first_k_dense_replace": 0} | changes
+    return dataclasses.replace(config.ModelConfig.preset("tiny"), **changes)
 
 
 def random_model(cfg, mesh, **options):
@@ -115,7 +113,9 @@ def gradients(mesh_name, options):
         def loss(params, rest, batch):
             return loss_of(nnx.merge(graph, params, rest), batch)
 
-        value, found = jax.jit(jax.value_and_grad(loss))(params, rest, jax.tree.map(place, batch()))
+        value, found = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(
+            params, rest, jax.tree.map(place, batch())
+        )
         for parameter, gradient in zip(
             jax.tree.leaves(params), jax.tree.leaves(found), strict=True
         ):
@@ -181,14 +181,15 @@ def temporary_bytes(num_layers, length, **options):
             "weights": abstract(half, jnp.float32),
             "offset": abstract((*whole, cfg.hidden_size), jnp.float32),
         }
-        compiled = jax.jit(jax.grad(loss)).lower(params, rest, arrays).compile()
+        step = jax.jit(jax.grad(loss), compiler_options=QUICK)
+        compiled = step.lower(params, rest, arrays).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_a_layer_recomputed_in_full_keeps_its_input_and_its_router_logits_only():
     cfg, length = tiny_config(), 2048
     options = TILES | BLOCKS | {"remat": "full"}
-    few, many = (temporary_bytes(layers, length, **options) for layers in (3, 7))
+    few, many = (temporary_bytes(layers, length, **options) for layers in (2, 6))
     layer_input, logits = (4 * length * n for n in (cfg.hidden_size, cfg.num_experts))
-    parameters = 4 * transformer.num_parameters(tiny_config(num_hidden_layers=4))
-    assert many - few < 4 * (layer_input + 2 * logits) + parameters
+    assert many - few < 1.05 * 4 * (layer_input + logits)
