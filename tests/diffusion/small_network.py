@@ -56,3 +56,9 @@ def statistics(params, noised):
         with_entropy=True,
         rules=sharding.TRAIN_RULES,
     )
+
+
+@jax.jit
+def scores(params, tokens, positions, tags):
+    """Log-probabilities [R, T, V]."""
+    return jax.nn.log_softmax(hidden_states(params, tokens, positions, tags) @ params["head"].T)

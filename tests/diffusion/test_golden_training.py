@@ -28,6 +28,7 @@ CASES = ["train_bd_same", "train_bd_shift", "train_bd_cap", "train_bd_ragged", "
 
 
 SHAPE = (2, 64)
+jitted_replay = jax.jit(reference.replay, static_argnames=("block_length", "mask_id", "is_shifted"))
 
 
 def noised_rows(recorded, entry, row=None):
@@ -42,7 +43,7 @@ def noised_rows(recorded, entry, row=None):
     placed = jax.NamedSharding(sharding.make_mesh(), RULES.spec("batch", None))
     arrays = {name: jax.device_put(value, placed) for name, value in arrays.items()}
     with jax.set_mesh(sharding.make_mesh()):
-        return reference.replay(
+        return jitted_replay(
             arrays["input_ids"],
             arrays["noisy_input_ids"],
             arrays["labels"],

@@ -57,8 +57,8 @@ def assemble(batch, is_masked, level, block_length):
     )
     mesh = sharding.make_mesh()
     with jax.set_mesh(mesh):
-        made = goal(block_length)
-        return made.assemble(rows.put(batch, mesh), rows.put(corruption, mesh))
+        program = jax.jit(goal(block_length).assemble)
+        return program(rows.put(batch, mesh), rows.put(corruption, mesh))
 
 
 def nll_of(noised):
@@ -199,10 +199,9 @@ def conditional_nll(batch):
     )
     mesh = sharding.make_mesh()
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
-        hidden = small_network.hidden_states(
+        scores = small_network.scores(
             PARAMS, *(rows.put(x, mesh) for x in (tokens.astype(np.int32), positions, tags))
         )
-        scores = jax.nn.log_softmax(hidden @ PARAMS["head"].T)
     return -np.asarray(scores)[place, place, batch.tokens[0]]
 
 
@@ -239,7 +238,7 @@ def test_next_token_targets_are_causal_language_modelling():
     mesh = sharding.make_mesh()
     made = objective.Autoregressive(target="next", mask_id=MASK_ID)
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
-        noised = made.prepare(jax.random.key(0), rows.put(batch, mesh))
+        noised = jax.jit(made.prepare)(jax.random.key(0), rows.put(batch, mesh))
         stats = nll_of(noised)
         sums = objective.loss_sums(stats, noised)
         total = 0.0
@@ -248,8 +247,7 @@ def test_next_token_targets_are_causal_language_modelling():
                 rows.put(x[:, part], mesh) for x in (batch.tokens, batch.positions)
             )
             tags = masks.autoregressive(jnp.ones_like(tokens), positions)
-            hidden = small_network.hidden_states(PARAMS, tokens, positions, tags)
-            scores = np.asarray(jax.nn.log_softmax(hidden @ PARAMS["head"].T))[0]
+            scores = np.asarray(small_network.scores(PARAMS, tokens, positions, tags))[0]
             following = batch.tokens[0, part][1:]
             total -= scores[np.arange(len(following)), following].sum()
     np.testing.assert_allclose(sums.nll_sum, total, rtol=1e-5)
