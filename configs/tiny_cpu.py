@@ -4,8 +4,7 @@
     llada-generate build/runs/tiny_cpu/model --prompt "import " --gen-length 64
 
 Hardware: 2 CPU cores. It trains a tokenizer on the Python standard library, then a model of 1.6 M
-parameters by the recipe in small: autoregressive start, warmup of the block size, masked diffusion,
-decay to blocks of 16. See docs/training.md for its figures.
+parameters by the recipe in small: autoregressive start, masked diffusion, decay to blocks of 16. See docs/training.md for its figures.
 """
 
 from ml_collections import ConfigDict
@@ -30,7 +29,7 @@ def get_config() -> ConfigDict:
     decay = {"kind": "linear", "floor": 3e-4}
     data = {
         "sources": [{"path": f"{DATA}/tokens"}],
-        "packing": {"row_length": 256, "block_length": 16},
+        "packing": {"row_length": 128, "block_length": 16},
     }
     return ConfigDict(
         {
@@ -53,11 +52,9 @@ def get_config() -> ConfigDict:
                     "mask_token_id": 2,
                     "hidden_size": 128,
                     "intermediate_size": 384,
-                    "num_hidden_layers": 4,
+                    "num_hidden_layers": 3,
                     "head_dim": 32,
-                    "num_experts": 16,
-                    "num_experts_per_tok": 4,
-                    "moe_intermediate_size": 96,
+                    "moe_intermediate_size": 128,
                     "block_size": 16,
                 },
                 "tokenizer": f"{DATA}/tokenizer",
@@ -65,11 +62,10 @@ def get_config() -> ConfigDict:
             "data": data,
             "phases": [
                 phase("start", "autoregressive", 120, rate={"warmup_steps": 20}),
-                phase("warmup 1", blocks, 20, block_length=1),
-                phase("warmup 4", blocks, 20, block_length=4),
-                phase("stable", "masked_diffusion", 160),
-                phase("decay 16", blocks, 120, block_length=16, rate=decay),
+                phase("stable", "masked_diffusion", 100),
+                phase("decay", blocks, 140, block_length=16, rate=decay),
             ],
+            "router": {"bias_update_rate": 1e-2},
             "noise": {"low": 0.05},
             "loss": {"mask_embedding_noise": 1.0, "mask_embedding_noise_steps": 20},
             "compute": {"dtype": "float32", "remat": "none"},
@@ -81,9 +77,9 @@ def get_config() -> ConfigDict:
                     "shuffle": False,
                     "num_epochs": 1,
                 },
-                "every_steps": 220,
+                "every_steps": 180,
                 "block_lengths": [16],
-                "num_batches": 8,
+                "num_batches": 16,
                 "prompts": ["import ", "def "],
                 "sample_tokens": 32,
             },

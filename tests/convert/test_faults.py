@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -245,18 +246,24 @@ def test_ten_kills_and_one_more_run_equal_an_undisturbed_one(make, tmp_path):
     subprocess.run([*command, str(source), str(undisturbed)], check=True, timeout=120)
     seconds = time.monotonic() - started
     rng = random.Random(0)
+    partial = checkpoint.incomplete_path(target)
     killed_while_writing = 0
-    for _ in range(10):
+    for attempt in range(10):
         process = subprocess.Popen([*command, str(source), str(target)])
-        # Most of a run is imports; kill in its second half, where files are written.
-        time.sleep(seconds * rng.uniform(0.5, 1.0))
+        if attempt % 2:
+            time.sleep(seconds * rng.uniform(0.2, 1.0))
+        else:  # Most of a run is imports of modules; these kills meet one that writes.
+            shutil.rmtree(partial, ignore_errors=True)
+            while process.poll() is None and not partial.exists():
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0.0, 0.1))
         process.send_signal(signal.SIGKILL)
         process.wait(timeout=60)
         if target.exists():  # It was done before the kill: whole, or it would not have its name.
             assert conftest.same_bytes(target, undisturbed)
             subprocess.run(["rm", "-r", str(target)], check=True)
-        killed_while_writing += checkpoint.incomplete_path(target).exists()
-    assert killed_while_writing >= 1
+        killed_while_writing += partial.exists()
+    assert killed_while_writing >= 3
     subprocess.run([*command, str(source), str(target)], check=True, timeout=120)
     assert conftest.same_bytes(target, undisturbed)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source", "target", "undisturbed"]

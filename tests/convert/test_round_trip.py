@@ -102,7 +102,7 @@ def test_inspect_reads_headers_only(golden, tmp_path, capsys, monkeypatch):
     assert report["layout"] == "separate"
     assert report["num_tensors"] == len(conftest.read_tensors(source))
     assert report["num_parameters"] == sum(report["parts"].values()) == 462_576
-    assert report["dtypes"] == {"F32": report["num_tensors"]}
+    assert report["dtypes"] == {"float32": report["num_tensors"]}
     assert report["problems"] == []
     assert read[0] < 4 * header
 

@@ -70,9 +70,9 @@ def test_each_row_gets_what_it_would_get_alone_at_any_place(model, kind):
     # Sums round differently in another batch shape, by about 1e-6. Among some thousand choices of
     # experts a seed can meet a tie as close as that, and such a text then goes another way.
     rng = np.random.default_rng(0)
-    prompts, params = random_requests(rng, strategies_of(kind, rng, 6))
+    prompts, params = random_requests(rng, strategies_of(kind, rng, 4))
     alone = [model.generate([q], p)[0] for q, p in zip(prompts, params, strict=True)]
-    for order in (range(6), rng.permutation(6).tolist()):
+    for order in (range(4), rng.permutation(4).tolist()):
         together = model.generate([prompts[i] for i in order], [params[i] for i in order])
         for i, got in zip(order, together, strict=True):
             assert got.token_ids == alone[i].token_ids
