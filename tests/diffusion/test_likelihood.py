@@ -142,8 +142,14 @@ def test_bound_is_the_mean_over_orders_of_revealing(case):
     np.testing.assert_allclose(bound(case, beta), total, rtol=1e-6)
 
 
-@pytest.mark.parametrize("changes", [{}, {"low": 0.3, "high": 0.8}, {"is_complementary": True}])
-@pytest.mark.parametrize("case", ["blocks", "packed"])
+@pytest.mark.parametrize(
+    ("case", "changes"),
+    [
+        ("blocks", {}),
+        ("packed", {"low": 0.3, "high": 0.8}),
+        ("blocks", {"is_complementary": True}),
+    ],
+)
 def test_drawn_noise_estimates_the_bound(case, changes):
     """Within three standard errors; levels outside the band are not in the expectation."""
     batch, block_length, draws = enumerated(case)[0], CASES[case][1], 4096
