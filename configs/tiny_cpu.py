@@ -4,7 +4,8 @@
     llada-generate build/runs/tiny_cpu/model --prompt "import " --gen-length 64
 
 Hardware: 2 CPU cores. It trains a tokenizer on the Python standard library, then a model of 1.6 M
-parameters by the recipe in small: autoregressive start, masked diffusion, decay to blocks of 16. See docs/training.md for its figures.
+parameters by the recipe in small: autoregressive start, masked diffusion, decay to blocks of 16.
+See docs/training.md for its figures.
 """
 
 from ml_collections import ConfigDict

@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     logging.set_verbosity(logging.INFO)
     # Orbax tells a dozen lines about every checkpoint in the same log.
-    logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname)
+    logging.get_absl_handler().python_handler.addFilter(
+        lambda record: "orbax" not in record.pathname
+    )
     try:
         rest = values(["llada-train", *arguments])[1:]
         if rest:

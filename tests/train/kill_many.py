@@ -97,12 +97,12 @@ def kill_many(config: pathlib.Path, folder: pathlib.Path, *, kills: int, seed: i
     }
 
 
-def write_config(folder: pathlib.Path, *, steps: int) -> pathlib.Path:
-    """The config file of a run of two phases, and its data."""
+def write_config(folder: pathlib.Path, *, steps: int, **changes) -> pathlib.Path:
+    """The config file of a run of two phases, and its data; `changes` go to `runs.run_config`."""
     from tests.train import runs
 
     data = runs.write_data(folder / "data")
-    mapping = runs.run_config(data)
+    mapping = runs.run_config(data, **changes)
     for phase in mapping["phases"]:
         phase["steps"] = steps // len(mapping["phases"])
     path = folder / "config.py"

@@ -77,9 +77,7 @@ def test_bias_evens_out_a_skewed_load():
     stepper = runs.Stepper(mesh, BLOCKS, opts)
     skew = np.zeros((runs.MODEL.num_moe_layers, runs.MODEL.num_experts), np.float32)
     skew[:, 0] = 1.0
-    stepper.state = stepper.state.replace(
-        rest=jax.tree.map(lambda x: x + skew, stepper.state.rest)
-    )
+    stepper.state = stepper.state.replace(rest=jax.tree.map(lambda x: x + skew, stepper.state.rest))
     batch = runs.batch(mesh)
     loads = [stepper(batch, rate=0.0)["router/max_over_mean_load"] for _ in range(30)]
     assert loads[0] > 2.5
