@@ -288,7 +288,8 @@ def train_step(
         is_bad = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
         factor = opts.bad_step.spike_factor
         if factor is not None:
-            is_bad |= inputs.is_watched & (loss > factor * state.loss_average)
+            jumps = (state.loss_average > 0) & (loss > factor * state.loss_average)
+            is_bad |= inputs.is_watched & jumps
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         updates = jax.tree.map(lambda u: -inputs.learning_rate * u, updates)
         params = optax.apply_updates(state.params, updates)
