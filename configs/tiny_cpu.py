@@ -13,15 +13,15 @@ from ml_collections import ConfigDict
 DATA = "build/data/python_library"
 
 
-def get_config() -> ConfigDict:
-    """The run."""
+def get_config(scale: str = "1") -> ConfigDict:
+    """The run; `--config configs/tiny_cpu.py:0.1` takes a tenth of its steps."""
 
     def phase(name: str, objective: str, steps: int, **changes):
         rate = {"peak": 3e-3, "kind": "constant"} | changes.pop("rate", {})
         return {
             "name": name,
             "objective": objective,
-            "steps": steps,
+            "steps": max(round(steps * float(scale)), 1),
             "learning_rate": rate,
             **changes,
         }
@@ -62,9 +62,9 @@ def get_config() -> ConfigDict:
             },
             "data": data,
             "phases": [
-                phase("start", "autoregressive", 120, rate={"warmup_steps": 20}),
-                phase("stable", "masked_diffusion", 100),
-                phase("decay", blocks, 140, block_length=16, rate=decay),
+                phase("start", "autoregressive", 100, rate={"warmup_steps": 20}),
+                phase("stable", "masked_diffusion", 80),
+                phase("decay", blocks, 120, block_length=16, rate=decay),
             ],
             "router": {"bias_update_rate": 1e-2},
             "noise": {"low": 0.05},
@@ -78,9 +78,9 @@ def get_config() -> ConfigDict:
                     "shuffle": False,
                     "num_epochs": 1,
                 },
-                "every_steps": 180,
+                "every_steps": 300,
                 "block_lengths": [16],
-                "num_batches": 16,
+                "num_batches": 8,
                 "prompts": ["import ", "def "],
                 "sample_tokens": 32,
             },

@@ -23,6 +23,7 @@ SMALL = {
         "--experts-per-token 2 --expert-width 16 --expert-groups 2 --vocab-size 64 "
         "--gen-length 64 --repeats 1"
     ),
+    "llada-train --config": "--config configs/tiny_cpu.py:0.03",
     "llada-bench experts": "--hidden-size 32 --expert-width 16 --repeats 1",
 }
 
