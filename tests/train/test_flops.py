@@ -67,7 +67,9 @@ def compiler_flops(cfg, tokens, *, with_gradient=False):
         model = transformer.abstract_model(cfg, sharding.TRAIN_RULES)
         ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
         function = jax.grad(loss) if with_gradient else forward
-        return jax.jit(function).lower(model, ids, ids).compile().cost_analysis()["flops"]
+        cost = jax.jit(function).lower(model, ids, ids).compile().cost_analysis()
+    assert cost is not None
+    return cost["flops"]
 
 
 def counted_flops(cfg, tokens):
