@@ -1,6 +1,7 @@
-"""`llada-bench`: what sampling and the expert layer cost on this machine, with random weights.
+"""`llada-bench`: what sampling, training and the expert layer cost here, with random weights.
 
     llada-bench generate --prompt-length 64 --gen-length 256 --compare uncached
+    llada-bench train --row-length 4096 --compare dense
     llada-bench experts --tokens 512 32
 
 Every figure is measured in the run that prints it; ratios compare things measured in one run.
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llada_jax.cli import bench_experts, bench_generate
+from llada_jax.cli import bench_experts, bench_generate, bench_train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module, text in (
         ("generate", bench_generate, "tokens per second, forwards, compile time and memory"),
+        ("train", bench_train, "seconds and memory of an optimizer step"),
         ("experts", bench_experts, "the expert layer against the machine's matrix products"),
     ):
         sub = commands.add_parser(

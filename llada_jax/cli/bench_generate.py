@@ -1,7 +1,6 @@
 """Times sampling with the cache and, on the same weights, the way that recomputes everything."""
 
 import argparse
-import resource
 import time
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from llada_jax import config, generate, sharding
+from llada_jax.cli import bench_model
 from llada_jax.diffusion import masks, unmask
 from llada_jax.generate import batching, request
 from llada_jax.model import transformer
@@ -19,19 +19,7 @@ from llada_jax.ops import grouped_matmul
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `llada-bench generate`."""
-    sizes = parser.add_argument_group("model size")
-    sizes.add_argument("--hidden-size", type=int, default=512)
-    sizes.add_argument("--layers", type=int, default=8)
-    sizes.add_argument("--dense-layers", type=int, default=1, help="leading layers without experts")
-    sizes.add_argument("--dense-width", type=int, default=1024)
-    sizes.add_argument("--heads", type=int, default=8)
-    sizes.add_argument("--kv-heads", type=int, default=4)
-    sizes.add_argument("--experts", type=int, default=32)
-    sizes.add_argument("--experts-per-token", type=int, default=4)
-    sizes.add_argument("--expert-width", type=int, default=256)
-    sizes.add_argument("--expert-groups", type=int, default=4, help="half of them are kept")
-    sizes.add_argument("--vocab-size", type=int, default=4096)
-    sizes.add_argument("--dtype", default="float32", choices=config.DTYPES)
+    sizes = bench_model.add_arguments(parser)
     sizes.add_argument(
         "--logit-std", type=float, default=8.0, help="spread of the random model's logits"
     )
@@ -118,7 +106,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "forward_over_reading_weights_once": milliseconds / floor,
         },
         "read_bandwidth_gb_per_second": bandwidth / 1e9,
-        "peak_memory_bytes": _peak_memory_bytes(mesh),
+        "peak_memory_bytes": bench_model.peak_memory_bytes(mesh),
     }
     if args.compare:
         figures |= _compare(model, mesh, prompts, params.resolve(cfg), answers, cached_seconds)
@@ -235,34 +223,7 @@ class Uncached:
 def model_config(args: argparse.Namespace) -> config.ModelConfig:
     """The architecture that the flags describe."""
     positions = -(-(args.prompt_length + args.gen_length) // args.block_length) * args.block_length
-    return config.ModelConfig(
-        vocab_size=args.vocab_size,
-        hidden_size=args.hidden_size,
-        intermediate_size=args.dense_width,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        num_key_value_heads=args.kv_heads,
-        head_dim=args.hidden_size // args.heads,
-        rms_norm_eps=1e-6,
-        rope_theta=600000.0,
-        partial_rotary_factor=0.5,
-        max_position_embeddings=positions,
-        pad_token_id=args.vocab_size - 2,
-        mask_token_id=args.vocab_size - 1,
-        # No end token: every run generates the length it was asked for.
-        eos_token_ids=(),
-        num_experts=args.experts,
-        num_experts_per_tok=args.experts_per_token,
-        num_shared_experts=1,
-        moe_intermediate_size=args.expert_width,
-        n_group=args.expert_groups,
-        topk_group=max(args.expert_groups // 2, 1),
-        first_k_dense_replace=args.dense_layers,
-        routed_scaling_factor=2.5,
-        dtype=args.dtype,
-        # Fan-in scaling, so that a random model's layers all matter.
-        initializer_range=args.hidden_size**-0.5,
-    )
+    return bench_model.model_config(args, positions)
 
 
 def random_model(
@@ -301,11 +262,3 @@ def _read_bandwidth() -> float:
         total(data).block_until_ready()
         best = min(best, time.perf_counter() - started)
     return data.nbytes / best
-
-
-def _peak_memory_bytes(mesh: jax.sharding.Mesh) -> int:
-    """The device's own peak where it reports one, else this process's peak resident memory."""
-    stats = mesh.devices.flat[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

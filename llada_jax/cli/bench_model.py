@@ -1,0 +1,66 @@
+"""What the benchmarks share: flags that describe a model, and the memory a run took."""
+
+import argparse
+import resource
+
+import jax
+
+from llada_jax import config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Adds the flags of the model's size; returns their group."""
+    sizes = parser.add_argument_group("model size")
+    sizes.add_argument("--hidden-size", type=int, default=512)
+    sizes.add_argument("--layers", type=int, default=8)
+    sizes.add_argument("--dense-layers", type=int, default=1, help="leading layers without experts")
+    sizes.add_argument("--dense-width", type=int, default=1024)
+    sizes.add_argument("--heads", type=int, default=8)
+    sizes.add_argument("--kv-heads", type=int, default=4)
+    sizes.add_argument("--experts", type=int, default=32)
+    sizes.add_argument("--experts-per-token", type=int, default=4)
+    sizes.add_argument("--expert-width", type=int, default=256)
+    sizes.add_argument("--expert-groups", type=int, default=4, help="half of them are kept")
+    sizes.add_argument("--vocab-size", type=int, default=4096)
+    sizes.add_argument("--dtype", default="float32", choices=config.DTYPES)
+    return sizes
+
+
+def model_config(args: argparse.Namespace, max_positions: int) -> config.ModelConfig:
+    """The architecture that the flags describe, for texts of at most `max_positions` tokens."""
+    return config.ModelConfig(
+        vocab_size=args.vocab_size,
+        hidden_size=args.hidden_size,
+        intermediate_size=args.dense_width,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads,
+        head_dim=args.hidden_size // args.heads,
+        rms_norm_eps=1e-6,
+        rope_theta=600000.0,
+        partial_rotary_factor=0.5,
+        max_position_embeddings=max_positions,
+        pad_token_id=args.vocab_size - 2,
+        mask_token_id=args.vocab_size - 1,
+        # No end token: every run generates the length it was asked for.
+        eos_token_ids=(),
+        num_experts=args.experts,
+        num_experts_per_tok=args.experts_per_token,
+        num_shared_experts=1,
+        moe_intermediate_size=args.expert_width,
+        n_group=args.expert_groups,
+        topk_group=max(args.expert_groups // 2, 1),
+        first_k_dense_replace=args.dense_layers,
+        routed_scaling_factor=2.5,
+        dtype=args.dtype,
+        # Fan-in scaling, so that a random model's layers all matter.
+        initializer_range=args.hidden_size**-0.5,
+    )
+
+
+def peak_memory_bytes(mesh: jax.sharding.Mesh) -> int:
+    """The device's own peak where it reports one, else this process's peak resident memory."""
+    stats = mesh.devices.flat[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
