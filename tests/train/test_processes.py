@@ -21,7 +21,10 @@ def run(folder, config, name, *, processes):
     command = [str(ROOT / "launch/local_pod.sh"), str(processes), str(DEVICES // processes)]
     command += [sys.executable, "-m", "llada_jax.cli.train"]
     command += [f"--config={config}", f"--workdir={workdir}"]
-    env = os.environ | {"XLA_FLAGS": "", "LOCAL_POD_LOGS": str(folder / f"{name}_logs")}
+    env = os.environ | {
+        "XLA_FLAGS": kill_many.QUICK_COMPILES,
+        "LOCAL_POD_LOGS": str(folder / f"{name}_logs"),
+    }
     done = subprocess.run(
         command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False
     )
