@@ -46,6 +46,7 @@ def draw(results: dict[str, Any], target: pathlib.Path) -> None:
             _mark_phases(axes, runs[0]["phases"])
     entropy = results["text"]["unigram_nats_of_training_counts"]
     axes.axhline(entropy, color="black", ls="--", lw=1, label="unigrams")
+    axes.set_xlim(left=0)
     axes.set_xlabel("optimizer steps of the arm")
     axes.set_ylabel("held-out bound at block size 16, nats/token")
     axes.legend(loc="lower left")
@@ -56,8 +57,8 @@ def draw(results: dict[str, Any], target: pathlib.Path) -> None:
 def _mark_phases(axes: Any, phases: list[tuple[str, int]]) -> None:
     end = 0
     for name, count in phases:
-        middle, end = end + count / 2, end + count
-        axes.axvline(end, color=COLOURS["wsd"], ls=":", lw=0.8)
+        middle, begin, end = end + count / 2, end, end + count
+        axes.axvline(begin, color=COLOURS["wsd"], ls=":", lw=0.8)
         where = axes.get_xaxis_transform()
         label = name.removeprefix("block ")
         axes.text(middle, 0.98, label, ha="center", va="top", transform=where, fontsize=8)
