@@ -25,7 +25,7 @@ NAMES = {
 
 def main() -> None:
     """Writes the picture and prints the tables."""
-    flags = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    flags = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     flags.add_argument("results", type=pathlib.Path)
     flags.add_argument("picture", type=pathlib.Path)
     args = flags.parse_args()

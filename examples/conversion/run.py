@@ -42,7 +42,7 @@ FINAL_LENGTHS = (16, 4, 1)
 
 def main() -> None:
     """Runs what is missing and writes the results."""
-    flags = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    flags = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     flags.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("build/conversion"))
     flags.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/conversion.json"))
     flags.add_argument("--seeds", type=int, default=3)
