@@ -88,6 +88,9 @@ def model_config(opts: options.ModelOptions) -> config.ModelConfig:
     overrides = dict(opts.overrides)
     if "eos_token_ids" in overrides:
         overrides["eos_token_ids"] = tuple(overrides["eos_token_ids"])
+    unknown = set(overrides) - {field.name for field in dataclasses.fields(cfg)}
+    if unknown:
+        raise ValueError(f"model.overrides: {sorted(unknown)} are no fields of ModelConfig")
     return cfg.replace(**overrides)
 
 

@@ -61,6 +61,12 @@ def test_embedding_noise_falls_from_the_first_masking_step():
     assert got == [0, 0, 0, 2.0, 1.5, 1.0, 0.5, 0, 0]
 
 
+def test_unknown_overrides_are_refused():
+    model = options.ModelOptions(preset="tiny", overrides={"rotary_dim": 8})
+    with pytest.raises(ValueError, match=r"model\.overrides: \['rotary_dim'\]"):
+        loop.model_config(model)
+
+
 def test_a_model_without_a_mask_is_refused():
     cfg = loop.model_config(build().model).replace(mask_token_id=None)
     with pytest.raises(ValueError, match=r"model\.overrides\.mask_token_id"):
