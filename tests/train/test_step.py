@@ -62,7 +62,7 @@ def test_load_counts_every_choice_of_real_tokens_once(alone):
     assert load.sum(axis=-1).tolist() == [choices] * runs.MODEL.num_moe_layers
     assert alone[1][0]["router/dropped_choices"] == 0
     lost = load.copy()
-    lost[1, 3] -= 2
+    lost[0, 3] -= 2
     found = step_lib.load_metrics(lost, choices)
     assert found["router/dropped_choices"] == 2
     assert alone[1][0]["router/largest_share"] == pytest.approx(load.max() / choices)
