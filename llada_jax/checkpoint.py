@@ -135,7 +135,7 @@ def load_model(
     directory = pathlib.Path(directory).absolute()
     check_model_directory(directory)
     cfg = load_config(directory)
-    stored = stored_arrays(directory)
+    stored = stored_arrays(directory / PARAMS_FOLDER)
     model = transformer.abstract_model(cfg, rules, grouped_matmul=grouped_matmul)
     abstract = nnx.to_pure_dict(nnx.state(model))
     flat = jax.tree_util.tree_leaves_with_path(abstract)
@@ -271,12 +271,11 @@ def check_model_directory(directory: pathlib.Path) -> None:
     )
 
 
-def stored_arrays(directory: pathlib.Path) -> dict[str, StoredArray]:
-    """Shape, dtype and chunks of each stored parameter, by dotted path; reads no data."""
-    params = directory / PARAMS_FOLDER
+def stored_arrays(folder: pathlib.Path) -> dict[str, StoredArray]:
+    """Shape, dtype and chunks of each array of an Orbax tree, by dotted path; reads no data."""
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            item = checkpointer.metadata(params).item_metadata
+            item = checkpointer.metadata(folder).item_metadata
         tree = item.tree if hasattr(item, "tree") else item
         return {
             dotted(path): StoredArray(
@@ -285,17 +284,20 @@ def stored_arrays(directory: pathlib.Path) -> dict[str, StoredArray]:
             for path, array in jax.tree_util.tree_flatten_with_path(tree)[0]
         }
     except Exception as error:  # Orbax and tensorstore raise many kinds for damaged files
-        raise ValueError(f"{params}: cannot be read as an Orbax checkpoint: {error}") from error
+        raise ValueError(f"{folder}: cannot be read as an Orbax checkpoint: {error}") from error
 
 
 def tree_problems(
-    wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredArray]
+    wanted: Mapping[str, tuple[int, ...]],
+    stored: Mapping[str, StoredArray],
+    *,
+    wanted_by: str = "config.json",
 ) -> list[str]:
-    """A line for every parameter whose presence or shape is not what the config wants."""
+    """A line for every array whose presence or shape is not what is wanted."""
     problems = [f"{path}: missing" for path in sorted(wanted.keys() - stored.keys())]
     problems += [f"{path}: unexpected" for path in sorted(stored.keys() - wanted.keys())]
     return problems + [
-        f"{path}: shape {stored[path].shape}, config.json wants {wanted[path]}"
+        f"{path}: shape {stored[path].shape}, {wanted_by} wants {wanted[path]}"
         for path in sorted(wanted.keys() & stored.keys())
         if stored[path].shape != wanted[path]
     ]

@@ -164,7 +164,7 @@ class OrbaxReader:
         self, directory: pathlib.Path, cfg: config.ModelConfig, leaves: tuple[binding.Leaf, ...]
     ):
         self.directory, self.cfg, self.leaves = directory, cfg, leaves
-        self.stored = checkpoint.stored_arrays(directory)
+        self.stored = checkpoint.stored_arrays(directory / checkpoint.PARAMS_FOLDER)
         wanted = {leaf.path: leaf.shape for leaf in leaves}
         self.problems = checkpoint.tree_problems(wanted, self.stored)
         self.problems += checkpoint.chunk_problems(

@@ -26,6 +26,7 @@ from llada_jax.train import options
 from llada_jax.train import state as state_lib
 
 FOLDER = "checkpoints"
+_OPTIMIZER_FOLDER = "optimizer"
 
 
 class Checkpoints:
@@ -105,20 +106,31 @@ class Checkpoints:
           ValueError: what was saved is not of this model and optimizer.
         """
         others = _others(abstract)
-        try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardRestore(self._tree(abstract)),
-                    optimizer=ocp.args.StandardRestore(_flat(others)),
-                    run=ocp.args.JsonRestore(),
-                ),
-            )
-        except (ValueError, KeyError, TypeError) as error:
+        wanted = {checkpoint.PARAMS_FOLDER: self._tree(abstract), _OPTIMIZER_FOLDER: _flat(others)}
+        # A restore that fails at one array leaves Orbax's reads of the others behind, so what is
+        # there is compared before anything is read.
+        problems: list[str] = []
+        for folder, tree in wanted.items():
+            shapes = {
+                checkpoint.dotted(path): leaf.shape
+                for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+            }
+            stored = checkpoint.stored_arrays(self.folder / f"{step:08d}" / folder)
+            problems += checkpoint.tree_problems(shapes, stored, wanted_by="the configuration")
+        if problems:
             raise ValueError(
                 f"{self.folder}: step {step} is not of this configuration's model and optimizer "
-                f"({error}); give the run another --workdir, or the configuration it began with"
-            ) from error
+                f"({'; '.join(problems)}); give the run another --workdir, or the configuration "
+                "it began with"
+            )
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(wanted[checkpoint.PARAMS_FOLDER]),
+                optimizer=ocp.args.StandardRestore(wanted[_OPTIMIZER_FOLDER]),
+                run=ocp.args.JsonRestore(),
+            ),
+        )
         flat = restored["optimizer"]
         paths, structure = jax.tree_util.tree_flatten_with_path(others)
         leaves = [flat[_name(path)] for path, _ in paths]
@@ -148,7 +160,8 @@ class Checkpoints:
             for step in self._manager.all_steps():
                 folder = self.folder / f"{step:08d}"
                 if not checkpoint.is_model_directory(folder):
-                    dtypes = dict.fromkeys(checkpoint.stored_arrays(folder), "float32")
+                    params = folder / checkpoint.PARAMS_FOLDER
+                    dtypes = dict.fromkeys(checkpoint.stored_arrays(params), "float32")
                     checkpoint.write_side_files(
                         folder,
                         self._hf_config,
