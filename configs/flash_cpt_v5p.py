@@ -22,6 +22,8 @@ and length of that noise, that block size 1 predicts a token at its own place, a
 
 from ml_collections import ConfigDict
 
+from llada_jax.train import recipes
+
 TOKENS = "data/cpt/tokens"
 ROW_LENGTH = 4096
 PEAK, FLOOR = 2e-5, 2e-6
@@ -29,32 +31,14 @@ PEAK, FLOOR = 2e-5, 2e-6
 
 def get_config() -> ConfigDict:
     """The run: 24,000 steps of 2,097,152 tokens."""
-    constant = {"kind": "constant", "peak": PEAK}
-
-    def blocks(stage: str, block_length: int, steps: int, rate: dict) -> dict:
-        return {
-            "name": f"{stage}_{block_length}",
-            "objective": "block_diffusion",
-            "block_length": block_length,
-            "steps": steps,
-            "learning_rate": rate,
-        }
-
-    start = {
-        "name": "warmup_1",
-        "objective": "autoregressive_same",
-        "steps": 500,
-        "learning_rate": constant | {"warmup_steps": 200},
-    }
-    warmup = [blocks("warmup", length, 500, constant) for length in (4, 32, 64)]
-    stable = {
-        "name": "stable",
-        "objective": "masked_diffusion",
-        "steps": 18_000,
-        "learning_rate": constant,
-    }
-    decay = [blocks("decay", length, 500, constant) for length in (2048, 1024, 512, 256, 128, 64)]
-    last = blocks("decay", 32, 1000, {"kind": "linear", "peak": PEAK, "floor": FLOOR})
+    phases = recipes.warmup_stable_decay(
+        peak=PEAK,
+        floor=FLOOR,
+        rate_warmup_steps=200,
+        phase_steps=500,
+        stable_steps=18_000,
+        last_steps=1000,
+    )
     packing = {
         "row_length": ROW_LENGTH,
         # Documents start at multiples of 64, the largest block of the warmup. Larger blocks of the
@@ -69,7 +53,7 @@ def get_config() -> ConfigDict:
             "mesh": {"data": 1, "fsdp": 128, "expert": 1, "tensor": 1},
             "model": {"init_from": "checkpoints/flash-base"},
             "data": {"sources": [{"path": TOKENS}], "packing": packing},
-            "phases": [start, *warmup, stable, *decay, last],
+            "phases": phases,
             "loss": {
                 "z_loss_weight": 3.5e-6,
                 "mask_embedding_noise": 1.0,

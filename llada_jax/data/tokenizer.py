@@ -8,8 +8,11 @@ import dataclasses
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
+from absl import logging
+
+from llada_jax import config
 from llada_jax.data import hf_tokenizer, sentencepiece_tokenizer
 
 # Names that published checkpoints give to the tokens we must know, tried in this order when the
@@ -152,6 +155,34 @@ def resolve_special_ids(tokenizer: Tokenizer) -> SpecialIds:
         eos=tuple(dict.fromkeys(ends)),
         pad=pads[0] if pads else None,
     )
+
+
+def with_special_ids(cfg: config.ModelConfig, tokenizer: Tokenizer) -> config.ModelConfig:
+    """The config with the mask's and end tokens' ids where only the tokenizer knows them.
+
+    A mask that neither names stays None.
+
+    Raises:
+        ValueError: config and tokenizer contradict each other, see `check_special_tokens`.
+    """
+    found = resolve_special_ids(tokenizer)
+    changes: dict[str, Any] = {}
+    if cfg.mask_token_id is None and found.mask is not None:
+        changes["mask_token_id"] = found.mask
+    if not cfg.eos_token_ids and found.eos:
+        changes["eos_token_ids"] = tuple(found.eos)
+    if changes:
+        logging.info("from the tokenizer: %s", changes)
+        cfg = cfg.replace(**changes)
+    if cfg.mask_token_id is not None:
+        check_special_tokens(
+            tokenizer,
+            vocab_size=cfg.vocab_size,
+            mask_token_id=cfg.mask_token_id,
+            eos_token_ids=cfg.eos_token_ids,
+            pad_token_id=cfg.pad_token_id,
+        )
+    return cfg
 
 
 def check_special_tokens(

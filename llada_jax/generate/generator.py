@@ -8,7 +8,6 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from llada_convert import import_hf
 from llada_jax import checkpoint, config, sharding
@@ -132,7 +131,7 @@ class Generator:
             )
         tokenizer = tokenizers.load_tokenizer(path)
         if tokenizer is not None:
-            model.cfg = _with_tokenizer_ids(model.cfg, tokenizer)
+            model.cfg = tokenizers.with_special_ids(model.cfg, tokenizer)
         return cls(model, device_mesh, tokenizer=tokenizer, **options)
 
     def generate(
@@ -365,28 +364,3 @@ def _check_ids(name: str, ids: np.ndarray, vocab_size: int) -> None:
     if ids.min() < 0 or ids.max() >= vocab_size:
         bad = int(ids.min() if ids.min() < 0 else ids.max())
         raise ValueError(f"{name}: {bad} is no token id below vocab_size {vocab_size}")
-
-
-def _with_tokenizer_ids(
-    cfg: config.ModelConfig, tokenizer: tokenizers.Tokenizer
-) -> config.ModelConfig:
-    """Fills in the mask's and end tokens' ids where only the tokenizer knows them, and checks."""
-    found = tokenizers.resolve_special_ids(tokenizer)
-    changes: dict[str, Any] = {}
-    if cfg.mask_token_id is None and found.mask is not None:
-        changes["mask_token_id"] = found.mask
-    if not cfg.eos_token_ids and found.eos:
-        changes["eos_token_ids"] = tuple(found.eos)
-    if changes:
-        logging.info("from the tokenizer: %s", changes)
-        cfg = cfg.replace(**changes)
-    if cfg.mask_token_id is None:
-        return cfg  # Only the request's own mask_id can tell.
-    tokenizers.check_special_tokens(
-        tokenizer,
-        vocab_size=cfg.vocab_size,
-        mask_token_id=cfg.mask_token_id,
-        eos_token_ids=cfg.eos_token_ids,
-        pad_token_id=cfg.pad_token_id,
-    )
-    return cfg

@@ -79,6 +79,5 @@ def eval_step(
     """Sum of the weighted negative log-likelihood over a batch, and its target tokens."""
     noised = goal.prepare(key, batch)
     model = step_lib.build_model(graph, params, rest, dtype)
-    one = jax.numpy.float32(1)
-    terms = step_lib.part_terms(model, noised, (one, one), loss)
+    terms = step_lib.part_terms(model, noised, loss)
     return terms.sums.nll_sum, terms.sums.num_targets

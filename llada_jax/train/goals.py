@@ -9,36 +9,6 @@ from llada_jax.diffusion import noise, objective
 from llada_jax.train import options
 
 
-def with_special_ids(
-    cfg: config.ModelConfig, tokenizer: tokenizers.Tokenizer | None
-) -> config.ModelConfig:
-    """Fills in the mask's and end tokens' ids where only the tokenizer knows them, and checks.
-
-    Raises:
-      ValueError: nobody tells which token is the mask, or the tokenizer is of another vocabulary.
-    """
-    if tokenizer is not None:
-        found = tokenizers.resolve_special_ids(tokenizer)
-        if cfg.mask_token_id is None and found.mask is not None:
-            cfg = cfg.replace(mask_token_id=found.mask)
-        if not cfg.eos_token_ids and found.eos:
-            cfg = cfg.replace(eos_token_ids=tuple(found.eos))
-    if cfg.mask_token_id is None:
-        raise ValueError(
-            "mask_token_id: neither the model's config nor a tokenizer names the mask; set "
-            "model.overrides.mask_token_id or model.tokenizer"
-        )
-    if tokenizer is not None:
-        tokenizers.check_special_tokens(
-            tokenizer,
-            vocab_size=cfg.vocab_size,
-            mask_token_id=cfg.mask_token_id,
-            eos_token_ids=cfg.eos_token_ids,
-            pad_token_id=cfg.pad_token_id,
-        )
-    return cfg
-
-
 def goal_of(
     phase: options.Phase,
     noise_options: Mapping[str, Any],

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -22,7 +21,16 @@ from llada_jax.data import tokenizer as tokenizers
 from llada_jax.diffusion import objective
 from llada_jax.model import transformer
 from llada_jax.ops import grouped_matmul
-from llada_jax.train import checkpoints, evaluate, flops, goals, metrics, optimizer, options
+from llada_jax.train import (
+    checkpoints,
+    evaluate,
+    flops,
+    goals,
+    metrics,
+    optimizer,
+    options,
+    processes,
+)
 from llada_jax.train import state as state_lib
 from llada_jax.train import step as step_lib
 
@@ -72,7 +80,7 @@ def run(
     mesh = sharding.make_mesh(cfg.mesh)
     if mesh.devices.size < jax.device_count():
         logging.warning("mesh %s leaves devices idle: %d", cfg.mesh.shape, jax.device_count())
-    with jax.set_mesh(mesh), _watch_for_sigterm() as is_asked_to_end:
+    with jax.set_mesh(mesh), processes.watch_for_sigterm() as is_asked_to_end:
         return _Run(cfg, workdir, mesh, sampler).train(is_asked_to_end)
 
 
@@ -107,7 +115,13 @@ class _Run:
         tokenizer = None
         if self.tokenizer_folder is not None:
             tokenizer = tokenizers.load_tokenizer(self.tokenizer_folder)
-        self.model_cfg = goals.with_special_ids(self.model_cfg, tokenizer)
+        if tokenizer is not None:
+            self.model_cfg = tokenizers.with_special_ids(self.model_cfg, tokenizer)
+        if self.model_cfg.mask_token_id is None:
+            raise ValueError(
+                "mask_token_id: neither the model's config nor a tokenizer names the mask; set "
+                "model.overrides.mask_token_id or model.tokenizer"
+            )
         self.goals = {
             phase: goals.goal_of(phase, cfg.noise, self.model_cfg, tokenizer)
             for phase in cfg.phases
@@ -143,7 +157,7 @@ class _Run:
             donate_argnames=("state",),
         )
         self.row_sharding = jax.sharding.NamedSharding(mesh, RULES.spec("batch"))
-        self.own_rows = _own_rows(self.row_sharding, cfg.batch_size)
+        self.own_rows = processes.own_rows(self.row_sharding, cfg.batch_size)
         self.data = self._iterator(cfg.data)
         self.evaluator = None
         if cfg.eval.data is not None:
@@ -200,7 +214,7 @@ class _Run:
                     # The host looks at a step while the device computes the next one.
                     if pending is not None:
                         self._report(*pending, writer, clock)
-                    pending = (step, out, self._host_figures(host, step, clock))
+                    pending = (step, out, self._host_figures(host, step))
                     seconds = time.monotonic() - started
                     pending[2]["time/step_seconds"] = seconds
                     if not is_compiled:
@@ -300,23 +314,9 @@ class _Run:
         )
         return self.goals[phase], inputs, amount > 0
 
-    def _host_figures(
-        self, host: Mapping[str, np.ndarray], step: int, clock: metrics.Clock
-    ) -> dict[str, Any]:
+    def _host_figures(self, host: Mapping[str, np.ndarray], step: int) -> dict[str, Any]:
         phase, _ = self.cfg.phase_at(step)
-        share = self.cfg.batch_size / len(host["tokens"])
-        segments = host["segments"]
-        lengths = [np.bincount(row)[1:] for row in segments]
-        has_clean, block = goals.mask_shape(phase)
-        tokens = int((segments != 0).sum() * share)
-        copies = goals.copies(self.goals[phase])
-        pairs = flops.allowed_pairs(np.concatenate(lengths), block, has_clean_half=has_clean)
-        counted = flops.step_flops(
-            self.model_cfg,
-            input_tokens=copies * (2 if has_clean else 1) * tokens,
-            predicted_tokens=copies * tokens,
-            pairs=int(copies * pairs * share),
-        )
+        tokens, counted = self._work(host["segments"], phase)
         return {
             "example_ids": host["example_ids"],
             "phase": phase.name,
@@ -325,6 +325,21 @@ class _Run:
             "data/fill_share": 1 - float(host["is_target"].mean()),
             "flops/model": counted.train,
         }
+
+    def _work(self, segments: np.ndarray, phase: options.Phase) -> tuple[int, flops.StepFlops]:
+        """Tokens of the global batch and their operations, judged by the rows of this process."""
+        share = self.cfg.batch_size / len(segments)
+        lengths = np.concatenate([np.bincount(row)[1:] for row in segments])
+        has_clean, block = goals.mask_shape(phase)
+        tokens = int((segments != 0).sum() * share)
+        copies = goals.copies(self.goals[phase])
+        pairs = flops.allowed_pairs(lengths, block, has_clean_half=has_clean)
+        return tokens, flops.step_flops(
+            self.model_cfg,
+            input_tokens=copies * (2 if has_clean else 1) * tokens,
+            predicted_tokens=copies * tokens,
+            pairs=int(copies * pairs * share),
+        )
 
     def _report(
         self, step: int, out: dict[str, Any], figures: dict[str, Any], writer, clock
@@ -396,34 +411,3 @@ class _Run:
             first + self.cfg.log.profile_steps - 1, self.cfg.num_steps - 1
         ):
             jax.profiler.stop_trace()
-
-
-def _own_rows(row_sharding: jax.sharding.NamedSharding, batch_size: int) -> slice:
-    """The rows of the global batch that this process's devices hold: one contiguous stretch."""
-    held = row_sharding.addressable_devices_indices_map((batch_size,)).values()
-    bounds = [index[0].indices(batch_size)[:2] for index in held if index is not None]
-    start, stop = min(b[0] for b in bounds), max(b[1] for b in bounds)
-    count = stop - start
-    if batch_size % count or start % count:
-        raise ValueError(
-            f"mesh: process {jax.process_index()} holds rows {start} to {stop} of {batch_size}; "
-            "choose data and fsdp sizes that the number of processes divides, or is divided by"
-        )
-    return slice(start, stop)
-
-
-@contextlib.contextmanager
-def _watch_for_sigterm() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether SIGTERM came.
-
-    With several processes JAX's coordination service watches instead: all must end at one step.
-    """
-    asked = []
-    if jax.process_count() > 1:
-        yield lambda: False
-        return
-    previous = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
-    try:
-        yield lambda: bool(asked)
-    finally:
-        signal.signal(signal.SIGTERM, previous)

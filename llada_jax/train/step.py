@@ -70,15 +70,11 @@ class Terms:
     """What a part of the batch adds up to.
 
     Attributes:
-      loss: its share of the loss without the confidence term.
-      entropy: sum of the entropies at rightly predicted positions.
       sums: sums and counts of the objective.
       z: sum over layers and tokens of the squared log-sum-exp of the router's logits.
       load: [L, E] tokens sent to each expert.
     """
 
-    loss: Float[Array, ""]
-    entropy: Float[Array, ""]
     sums: objective.LossSums
     z: Float[Array, ""]
     load: Int[Array, "L E"]
@@ -97,7 +93,6 @@ def build_model(graph: Any, params: Any, rest: Any, dtype: str) -> transformer.L
 def part_terms(
     model: transformer.LLaDA2,
     part: objective.Noised,
-    denominators: tuple[Array, Array],
     opts: options.LossOptions,
     offset: Float[Array, "R T D"] | None = None,
 ) -> Terms:
@@ -106,7 +101,6 @@ def part_terms(
     Args:
       model: the model.
       part: rows of the noised batch.
-      denominators: what the objective's sum and the router's are divided by, of the whole batch.
       opts: terms of the loss.
       offset: added to the embeddings.
     """
@@ -135,8 +129,7 @@ def part_terms(
             experts = jnp.arange(routing.logits.shape[-1])
             is_sent = (routing.indices[..., None] == experts) & is_real[None, :, :, None, None]
             load = jnp.sum(is_sent, axis=(1, 2, 3), dtype=jnp.int32)
-    loss = sums.nll_sum / denominators[0] + opts.z_loss_weight * z / denominators[1]
-    return Terms(loss=loss, entropy=sums.entropy_sum, sums=sums, z=z, load=load)
+    return Terms(sums=sums, z=z, load=load)
 
 
 def split_rows(noised: objective.Noised, parts: int) -> objective.Noised:
@@ -169,14 +162,15 @@ def gradient(
     """
     loss_opts = opts.loss
     is_real = noised.tags.segment != 0
-    denominators = (denominator, jnp.maximum(jnp.sum(is_real).astype(jnp.float32), 1.0))
+    num_real = jnp.maximum(jnp.sum(is_real).astype(jnp.float32), 1.0)
     has_cap = loss_opts.cap_weight > 0
 
     def forward(params, part):
         model = build_model(graph, params, rest, opts.dtype)
         offset = None if offset_of is None else offset_of(model, part)
-        terms = part_terms(model, part, denominators, loss_opts, offset)
-        return (terms.loss, terms.entropy), terms
+        terms = part_terms(model, part, loss_opts, offset)
+        loss = terms.sums.nll_sum / denominator + loss_opts.z_loss_weight * terms.z / num_real
+        return (loss, terms.sums.entropy_sum), terms
 
     def pull(part):
         (loss, _), back, terms = jax.vjp(lambda p: forward(p, part), params, has_aux=True)
@@ -185,8 +179,8 @@ def gradient(
 
     if opts.accumulation == 1:
         back, one, zero, terms = pull(noised)
-        share = loss_opts.cap_weight / jnp.maximum(terms.sums.num_correct.astype(jnp.float32), 1.0)
-        (grads,) = back((one, one * share if has_cap else zero))
+        share = loss_opts.cap_weight * objective.mean(one, terms.sums.num_correct)
+        (grads,) = back((one, share if has_cap else zero))
     else:
         parts = split_rows(noised, opts.accumulation)
         shapes = jax.eval_shape(lambda: pull(jax.tree.map(lambda x: x[0], parts))[3])
@@ -203,10 +197,11 @@ def gradient(
         start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         carry = (nothing, nothing if has_cap else None, start)
         (grads, cap_grads, terms), _ = jax.lax.scan(body, carry, parts)
-        share = loss_opts.cap_weight / jnp.maximum(terms.sums.num_correct.astype(jnp.float32), 1.0)
         if has_cap:
+            share = loss_opts.cap_weight * objective.mean(jnp.float32(1), terms.sums.num_correct)
             grads = jax.tree.map(lambda g, c: g + share * c, grads, cap_grads)
-    loss = terms.loss + (share * terms.entropy if has_cap else 0.0)
+    loss = objective.total_loss(terms.sums, denominator, cap_weight=loss_opts.cap_weight)
+    loss += loss_opts.z_loss_weight * terms.z / num_real
     return grads, loss, terms
 
 

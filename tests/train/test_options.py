@@ -67,7 +67,9 @@ def test_unknown_overrides_are_refused():
         loop.model_config(model)
 
 
-def test_a_model_without_a_mask_is_refused():
-    cfg = loop.model_config(build().model).replace(mask_token_id=None)
+def test_a_model_without_a_mask_is_refused(tmp_path):
+    cfg = build()
+    overrides = {**cfg.model.overrides, "mask_token_id": None}
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, overrides=overrides))
     with pytest.raises(ValueError, match=r"model\.overrides\.mask_token_id"):
-        goals.with_special_ids(cfg, None)
+        loop.run(cfg, tmp_path / "run")

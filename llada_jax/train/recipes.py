@@ -1,0 +1,56 @@
+"""Schedules that several configurations share, as the plain data of a configuration."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def warmup_stable_decay(
+    *,
+    peak: float,
+    floor: float,
+    rate_warmup_steps: int,
+    warmup: Sequence[int] = (4, 32, 64),
+    decay: Sequence[int] = (2048, 1024, 512, 256, 128, 64),
+    last: int = 32,
+    phase_steps: int,
+    stable_steps: int,
+    last_steps: int,
+) -> list[dict[str, Any]]:
+    """The block sizes of LLaDA2.0's continued pretraining (arXiv:2512.15745, section 4).
+
+    Block size 1, `warmup`, masked diffusion over whole documents for most of the steps, `decay`,
+    `last`. That block size 1 predicts a token at its own place, and the learning rates, are ours.
+
+    Args:
+      peak: the learning rate until the last phase.
+      floor: what it falls to, linearly, in the last phase.
+      rate_warmup_steps: steps of its first rise.
+      warmup: block sizes before the stable phase.
+      decay: block sizes after it.
+      last: block size of the last phase.
+      phase_steps: steps of each phase of warmup and decay.
+      stable_steps: steps of the stable phase.
+      last_steps: steps of the last phase.
+
+    Returns:
+      The value of `phases`, see `options.Phase`.
+    """
+    constant = {"kind": "constant", "peak": peak}
+
+    def phase(name: str, objective: str, steps: int, **changes: Any) -> dict[str, Any]:
+        rate = {"learning_rate": constant}
+        return {"name": name, "objective": objective, "steps": steps} | rate | changes
+
+    def blocks(stage: str, length: int, steps: int, **changes: Any) -> dict[str, Any]:
+        name = f"{stage}_{length}"
+        return phase(name, "block_diffusion", steps, block_length=length, **changes)
+
+    first_rate = constant | {"warmup_steps": rate_warmup_steps}
+    last_rate = {"kind": "linear", "peak": peak, "floor": floor}
+    return [
+        phase("warmup_1", "autoregressive_same", phase_steps, learning_rate=first_rate),
+        *(blocks("warmup", length, phase_steps) for length in warmup),
+        phase("stable", "masked_diffusion", stable_steps),
+        *(blocks("decay", length, phase_steps) for length in decay),
+        blocks("decay", last, last_steps, learning_rate=last_rate),
+    ]
