@@ -197,11 +197,11 @@ def final_figures(cfg: options.TrainConfig, folder: pathlib.Path) -> dict[str, f
     """Held-out nats per token of a trained model; batches and noise are the same for all models."""
     mesh = sharding.make_mesh(cfg.mesh)
     with jax.set_mesh(mesh):
-        model = checkpoint.load_model(folder, rules=loop.RULES, dtype="float32")
+        model = checkpoint.load_model(folder, rules=sharding.TRAIN_RULES, dtype="float32")
         graph, params, rest = state_lib.split_model(model)
         assert cfg.eval.data is not None
         assert model.cfg.mask_token_id is not None
-        rows = jax.sharding.NamedSharding(mesh, loop.RULES.spec("batch"))
+        rows = jax.sharding.NamedSharding(mesh, sharding.TRAIN_RULES.spec("batch"))
         batches = [
             objective.Batch(**{k: jax.device_put(v, rows) for k, v in batch.items()})
             for batch in heldout_batches(cfg.eval.data)

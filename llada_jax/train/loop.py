@@ -17,11 +17,10 @@ from flax import nnx
 from llada_convert import import_hf
 from llada_jax import checkpoint, config, sharding
 from llada_jax.data import pipeline
-from llada_jax.data import tokenizer as tokenizers
 from llada_jax.diffusion import objective
 from llada_jax.model import transformer
-from llada_jax.ops import grouped_matmul
 from llada_jax.train import (
+    architecture,
     checkpoints,
     evaluate,
     flops,
@@ -34,7 +33,6 @@ from llada_jax.train import (
 from llada_jax.train import state as state_lib
 from llada_jax.train import step as step_lib
 
-RULES = sharding.TRAIN_RULES
 MODEL_FOLDER = "model"
 
 # Takes a model and a step; returns figures and texts to log.
@@ -84,24 +82,6 @@ def run(
         return _Run(cfg, workdir, mesh, sampler).train(is_asked_to_end)
 
 
-def model_config(opts: options.ModelOptions) -> config.ModelConfig:
-    """The architecture that a run trains."""
-    if opts.init_from is not None:
-        return checkpoint.load_config(opts.init_from)
-    if opts.config_file is not None:
-        path = pathlib.Path(opts.config_file)
-        cfg = config.ModelConfig.from_hf(checkpoint.read_json(path))
-    else:
-        cfg = config.ModelConfig.preset(opts.preset or "")
-    overrides = dict(opts.overrides)
-    if "eos_token_ids" in overrides:
-        overrides["eos_token_ids"] = tuple(overrides["eos_token_ids"])
-    unknown = set(overrides) - {field.name for field in dataclasses.fields(cfg)}
-    if unknown:
-        raise ValueError(f"model.overrides: {sorted(unknown)} are no fields of ModelConfig")
-    return cfg.replace(**overrides)
-
-
 class _Run:
     """What the parts of a run share; `train` is the run."""
 
@@ -109,32 +89,15 @@ class _Run:
         self.cfg: options.TrainConfig = cfg
         self.workdir: pathlib.Path = workdir
         self.mesh, self.sampler = mesh, sampler
-        self.model_cfg = model_config(cfg.model)
+        self.model_cfg, tokenizer = architecture.with_tokenizer(cfg.model)
         cfg.mesh.validate(self.model_cfg)
-        self.tokenizer_folder = cfg.model.tokenizer or cfg.model.init_from
-        tokenizer = None
-        if self.tokenizer_folder is not None:
-            tokenizer = tokenizers.load_tokenizer(self.tokenizer_folder)
-        if tokenizer is not None:
-            self.model_cfg = tokenizers.with_special_ids(self.model_cfg, tokenizer)
-        if self.model_cfg.mask_token_id is None:
-            raise ValueError(
-                "mask_token_id: neither the model's config nor a tokenizer names the mask; set "
-                "model.overrides.mask_token_id or model.tokenizer"
-            )
+        self.tokenizer_folder = architecture.tokenizer_folder(cfg.model)
         self.goals = {
             phase: goals.goal_of(phase, cfg.noise, self.model_cfg, tokenizer)
             for phase in cfg.phases
         }
-        platform = mesh.devices.flat[0].platform
-        abstract = transformer.abstract_model(
-            self.model_cfg.replace(dtype="float32"),
-            RULES,
-            grouped_matmul=cfg.compute.grouped_matmul
-            or grouped_matmul.default_implementation(platform),
-            attention=cfg.compute.attention,
-            remat=cfg.compute.remat,
-            slices_experts=True,
+        abstract = architecture.abstract_model(
+            self.model_cfg, cfg.compute, platform=mesh.devices.flat[0].platform
         )
         self.graph = state_lib.split_model(abstract)[0]
         self.optimizer = optimizer.make_optimizer(cfg.optimizer, cfg.router)
@@ -156,7 +119,7 @@ class _Run:
             static_argnames=("goal", "has_embedding_noise"),
             donate_argnames=("state",),
         )
-        self.row_sharding = jax.sharding.NamedSharding(mesh, RULES.spec("batch"))
+        self.row_sharding = jax.sharding.NamedSharding(mesh, sharding.TRAIN_RULES.spec("batch"))
         self.own_rows = processes.own_rows(self.row_sharding, cfg.batch_size)
         self.data = self._iterator(cfg.data)
         self.evaluator = None
@@ -262,7 +225,7 @@ class _Run:
             load = import_hf.load_hf_model
             if checkpoint.is_model_directory(source):
                 load = checkpoint.load_model
-            model = load(source, rules=RULES, dtype="float32")
+            model = load(source, rules=sharding.TRAIN_RULES, dtype="float32")
             state = state_lib.state_from_model(model, self.optimizer)
         return state, metrics.Clock()
 

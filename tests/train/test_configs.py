@@ -7,7 +7,7 @@ import pytest
 
 from llada_jax import config
 from llada_jax.model import transformer
-from llada_jax.train import goals, loop, options
+from llada_jax.train import architecture, goals, options
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs"
 FILES = sorted(FOLDER.glob("*.py"))
@@ -32,7 +32,7 @@ def model_of(cfg: options.TrainConfig) -> config.ModelConfig:
     """The model that is trained, without its weights."""
     if cfg.model.init_from is not None:
         return config.ModelConfig.preset(STARTS[cfg.model.init_from])
-    return loop.model_config(cfg.model)
+    return architecture.model_config(cfg.model)
 
 
 def test_there_are_configs():

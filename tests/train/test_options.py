@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from llada_jax.train import goals, loop, options
+from llada_jax.train import architecture, goals, loop, options
 from tests.train import runs
 
 
@@ -42,7 +42,7 @@ def test_bad_configurations_are_refused(changes, message):
 
 def test_noise_options_go_to_every_objective():
     cfg = build(noise={"low": 0.25, "weighting": "uniform"})
-    model = loop.model_config(cfg.model)
+    model = architecture.model_config(cfg.model)
     found = [goals.goal_of(p, cfg.noise, model) for p in cfg.phases]
     assert [g.noise.low for g in found] == [0.25, 0.25]
     assert found[0].block_length == 8
@@ -64,7 +64,7 @@ def test_embedding_noise_falls_from_the_first_masking_step():
 def test_unknown_overrides_are_refused():
     model = options.ModelOptions(preset="tiny", overrides={"rotary_dim": 8})
     with pytest.raises(ValueError, match=r"model\.overrides: \['rotary_dim'\]"):
-        loop.model_config(model)
+        architecture.model_config(model)
 
 
 def test_a_model_without_a_mask_is_refused(tmp_path):

@@ -1,0 +1,67 @@
+"""Which model a run trains: its configuration, its tokenizer, and its tree without weights."""
+
+import dataclasses
+import pathlib
+
+from llada_jax import checkpoint, config, sharding
+from llada_jax.data import tokenizer as tokenizers
+from llada_jax.model import transformer
+from llada_jax.ops import grouped_matmul
+from llada_jax.train import options
+
+
+def model_config(opts: options.ModelOptions) -> config.ModelConfig:
+    """The architecture that a run trains, as its options give it."""
+    if opts.init_from is not None:
+        return checkpoint.load_config(opts.init_from)
+    if opts.config_file is not None:
+        path = pathlib.Path(opts.config_file)
+        cfg = config.ModelConfig.from_hf(checkpoint.read_json(path))
+    else:
+        cfg = config.ModelConfig.preset(opts.preset or "")
+    overrides = dict(opts.overrides)
+    if "eos_token_ids" in overrides:
+        overrides["eos_token_ids"] = tuple(overrides["eos_token_ids"])
+    unknown = set(overrides) - {field.name for field in dataclasses.fields(cfg)}
+    if unknown:
+        raise ValueError(f"model.overrides: {sorted(unknown)} are no fields of ModelConfig")
+    return cfg.replace(**overrides)
+
+
+def tokenizer_folder(opts: options.ModelOptions) -> str | None:
+    """Where the tokenizer is that goes along with the model."""
+    return opts.tokenizer or opts.init_from
+
+
+def with_tokenizer(
+    opts: options.ModelOptions,
+) -> tuple[config.ModelConfig, tokenizers.Tokenizer | None]:
+    """The architecture with the special ids that its tokenizer adds, and the tokenizer.
+
+    Raises:
+      ValueError: nothing names the mask.
+    """
+    cfg, folder = model_config(opts), tokenizer_folder(opts)
+    tokenizer = None if folder is None else tokenizers.load_tokenizer(folder)
+    if tokenizer is not None:
+        cfg = tokenizers.with_special_ids(cfg, tokenizer)
+    if cfg.mask_token_id is None:
+        raise ValueError(
+            "mask_token_id: neither the model's config nor a tokenizer names the mask; set "
+            "model.overrides.mask_token_id or model.tokenizer"
+        )
+    return cfg, tokenizer
+
+
+def abstract_model(
+    cfg: config.ModelConfig, opts: options.ComputeOptions, *, platform: str
+) -> transformer.LLaDA2:
+    """The model's tree, float32 as it is trained; the default formulation is the platform's."""
+    return transformer.abstract_model(
+        cfg.replace(dtype="float32"),
+        sharding.TRAIN_RULES,
+        grouped_matmul=opts.grouped_matmul or grouped_matmul.default_implementation(platform),
+        attention=opts.attention,
+        remat=opts.remat,
+        slices_experts=True,
+    )
