@@ -86,7 +86,7 @@ def _layer(implementation: str) -> Callable[..., jax.Array]:
             down_proj,
             layer=None,
             rules=sharding.SERVE_RULES,
-            implementation=implementation,
+            dispatch=expert_parallel.Dispatch(implementation=implementation),
         )
 
     return layer

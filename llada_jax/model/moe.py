@@ -159,6 +159,7 @@ class MoE(nnx.Module):
         rules: sharding.AxisRules,
         *,
         grouped_matmul: str,
+        dispatch: str,
         stack: tuple[int, ...],
         rngs: nnx.Rngs,
     ):
@@ -168,7 +169,13 @@ class MoE(nnx.Module):
         self.shared_experts = (
             MLP(shared_width, cfg, rules, stack=stack, rngs=rngs) if shared_width else None
         )
-        self.rules, self.grouped_matmul = rules, grouped_matmul
+        self.rules = rules
+        self.dispatch = expert_parallel.Dispatch(
+            algorithm=dispatch,
+            implementation=grouped_matmul,
+            num_groups=cfg.n_group,
+            top_groups=cfg.topk_group,
+        )
 
     def __call__(
         self, x: Float[Array, "B T D"], layer: Int[Array, ""] | None
@@ -186,7 +193,7 @@ class MoE(nnx.Module):
                 self.experts.down_proj[...],
                 layer=layer,
                 rules=self.rules,
-                implementation=self.grouped_matmul,
+                dispatch=self.dispatch,
             )
         if self.shared_experts is not None:
             with jax.named_scope("shared_experts"):

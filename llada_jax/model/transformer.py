@@ -62,6 +62,7 @@ class Block(nnx.Module):
         *,
         is_moe: bool,
         grouped_matmul: str,
+        dispatch: str,
         stack: tuple[int, ...],
         rngs: nnx.Rngs,
     ):
@@ -70,7 +71,14 @@ class Block(nnx.Module):
         self.attention = attention_layer.Attention(cfg, rules, stack=stack, rngs=rngs)
         self.post_attention_norm = layers.RMSNorm(embed, cfg, rules, stack=stack)
         if is_moe:
-            self.mlp = moe.MoE(cfg, rules, grouped_matmul=grouped_matmul, stack=stack, rngs=rngs)
+            self.mlp = moe.MoE(
+                cfg,
+                rules,
+                grouped_matmul=grouped_matmul,
+                dispatch=dispatch,
+                stack=stack,
+                rngs=rngs,
+            )
         else:
             self.mlp = moe.MLP(cfg.intermediate_size, cfg, rules, stack=stack, rngs=rngs)
 
@@ -122,6 +130,7 @@ class LLaDA2(nnx.Module):
         rules: sharding.AxisRules,
         *,
         grouped_matmul: str = "ragged_dot",
+        dispatch: str = "replicated",
         attention: str = "dense",
         remat: str = "none",
         slices_experts: bool = False,
@@ -138,6 +147,7 @@ class LLaDA2(nnx.Module):
                 rules,
                 is_moe=is_moe,
                 grouped_matmul=grouped_matmul,
+                dispatch=dispatch,
                 stack=(count,),
                 rngs=rngs,
             )
@@ -291,6 +301,7 @@ def abstract_model(
     rules: sharding.AxisRules,
     *,
     grouped_matmul: str = "ragged_dot",
+    dispatch: str = "replicated",
     attention: str = "dense",
     remat: str = "none",
     slices_experts: bool = False,
@@ -304,6 +315,7 @@ def abstract_model(
             cfg,
             rules,
             grouped_matmul=grouped_matmul,
+            dispatch=dispatch,
             attention=attention,
             remat=remat,
             slices_experts=slices_experts,

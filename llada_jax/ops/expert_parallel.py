@@ -1,12 +1,21 @@
-"""Sends tokens to their experts and sums what comes back, over a mesh.
+"""Sends tokens to their experts and sums what comes back, over a mesh, in one of several ways.
 
-Dropless: every token reaches each of its experts, whatever the load. Tokens are replicated over
-the `expert` and `tensor` axes; each rank computes its own experts' share and the shares are summed.
+Dropless: every token reaches each of its experts, whatever the load.
 
-Dimension letters: `M` dispatched rows, `A` all experts of a stack of layers.
+    replicated     every device of the `expert` axis sees the same tokens, computes its experts'
+                   share, and the shares are summed: for the small batches of decoding
+    all_gather     the devices' tokens are gathered, and the sums scattered back
+    all_to_all     a token travels once for each of its experts
+    group_aligned  a token travels once to each device that holds one of its experts: with experts
+                   laid out by groups and choices limited to a few, to few devices
+
+The last two also exist with `lax.ragged_all_to_all` (`ragged_all_to_all`, `ragged_group_aligned`),
+which sends no padding and which not every backend has.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +23,47 @@ from jax import P
 from jaxtyping import Array, Float, Int
 
 from llada_jax import sharding
-from llada_jax.ops import grouped_matmul
+from llada_jax.ops import local_experts, token_exchange
+
+ALGORITHMS = (
+    "replicated",
+    "all_gather",
+    "all_to_all",
+    "group_aligned",
+    "ragged_all_to_all",
+    "ragged_group_aligned",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dispatch:
+    """How tokens reach their experts.
+
+    Attributes:
+      algorithm: one of `ALGORITHMS`.
+      implementation: of the products, see `grouped_matmul`.
+      num_groups: groups of experts, laid out one after the other.
+      top_groups: groups that the choices of a token fall into at most.
+      slack: rows that buffers hold, over those of an even load. A load beyond it takes another
+        round and is not dropped.
+      headroom: what is added to that, in standard deviations of choices at random; it counts where
+        rows are few.
+      min_rows: rows whose products are held at once, however few experts a device has.
+    """
+
+    algorithm: str = "replicated"
+    implementation: str = "ragged_dot"
+    num_groups: int = 1
+    top_groups: int = 1
+    slack: float = 1.1
+    headroom: float = 3.0
+    min_rows: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in ALGORITHMS:
+            raise ValueError(f"dispatch: {self.algorithm!r} is not one of {ALGORITHMS}")
+        if self.slack < 1:
+            raise ValueError(f"slack: {self.slack} must be >= 1")
 
 
 def expert_mlp(
@@ -27,11 +76,12 @@ def expert_mlp(
     *,
     layer: Int[Array, ""] | None,
     rules: sharding.AxisRules,
-    implementation: str,
+    dispatch: Dispatch,
 ) -> Float[Array, "B T D"]:
     """Weighted sum over each token's experts of down(silu(gate(x)) * up(x)).
 
-    Matrix products are in the dtype of `x`; the weighted sum is float32, cast back once.
+    Matrix products are in the dtype of `x`; the weighted sum is float32, cast back once where it
+    does not travel.
 
     Args:
       x: tokens.
@@ -42,15 +92,25 @@ def expert_mlp(
       down_proj: the way back to D.
       layer: which layer of the stack to use, or None if the arrays are one layer's own.
       rules: how the arrays are split over the mesh.
-      implementation: see `grouped_matmul`.
+      dispatch: how tokens reach their experts.
+
+    Raises:
+      ValueError: "replicated", where the rules split the batch over the experts' axis.
     """
     leading = () if layer is None else ("layers",)
     batch_spec = rules.spec("batch", None, None)
     in_spec = rules.spec(*leading, "expert", None, "mlp")
     out_spec = rules.spec(*leading, "expert", "mlp", None)
-    # A parameter shared over `embed` ranks is made whole here, one layer at a time.
+    # A parameter shared over `expert_embed` ranks is made whole here, one layer at a time.
     gate_proj, up_proj = jax.reshard((gate_proj, up_proj), in_spec)
     down_proj = jax.reshard(down_proj, out_spec)
+    expert_axes = sharding.axis_names(rules.expert)
+    is_split = bool(set(expert_axes) & set(sharding.axis_names(rules.batch)))
+    if is_split and dispatch.algorithm == "replicated":
+        raise ValueError(
+            "dispatch 'replicated' needs every device of the expert axis to see the same tokens, "
+            f"and these rules split the batch over {rules.batch}; choose another of {ALGORITHMS}"
+        )
 
     @functools.partial(
         jax.shard_map,
@@ -60,81 +120,91 @@ def expert_mlp(
     )
     def local(x, indices, weights, gate_proj, up_proj, down_proj, layer):
         experts = gate_proj.shape[-3]
-        first = _rank(rules.expert) * experts
-        out = _local_expert_mlp(
-            x.reshape(-1, x.shape[-1]),
-            indices.reshape(-1, indices.shape[-1]) - first,
-            weights.reshape(-1, weights.shape[-1]),
-            *(w.reshape(-1, *w.shape[-2:]) for w in (gate_proj, up_proj, down_proj)),
-            num_experts=experts,
-            group_offset=layer * experts,
-            implementation=implementation,
-        )
-        axes = sharding.axis_names(rules.expert) + sharding.axis_names(rules.mlp)
-        out = jax.lax.psum(out, axes) if axes else out
-        return out.astype(x.dtype).reshape(x.shape)
+        tokens = tuple(a.reshape(-1, a.shape[-1]) for a in (x, indices, weights))
+        shares = _experts_of(dispatch, rules, experts, layer * experts)
+        matrices = tuple(w.reshape(-1, *w.shape[-2:]) for w in (gate_proj, up_proj, down_proj))
+        if dispatch.algorithm == "replicated":
+            out = shares(*tokens, *matrices)
+            axes = expert_axes + sharding.axis_names(rules.mlp)
+            out = jax.lax.psum(out, axes) if axes else out
+            return out.astype(x.dtype).reshape(x.shape)
+        if not is_split:
+            # Each device takes its part of the tokens that all of them hold.
+            tokens = tuple(_own_part(a, expert_axes) for a in tokens)
+        out = shares(*tokens, *matrices)
+        axes = sharding.axis_names(rules.mlp)
+        out = (jax.lax.psum(out, axes) if axes else out).astype(x.dtype)
+        if not is_split and expert_axes:
+            out = jax.lax.all_gather(out, expert_axes, tiled=True)
+        return out[: x.shape[0] * x.shape[1]].reshape(x.shape)
 
     offset = jnp.int32(0) if layer is None else layer
     return local(x, expert_indices, expert_weights, gate_proj, up_proj, down_proj, offset)
 
 
-def _local_expert_mlp(
-    x: Float[Array, "T D"],
-    indices: Int[Array, "T X"],
-    weights: Float[Array, "T X"],
-    gate_proj: Float[Array, "A D F"],
-    up_proj: Float[Array, "A D F"],
-    down_proj: Float[Array, "A F D"],
-    *,
-    num_experts: int,
-    group_offset: Int[Array, ""],
-    implementation: str,
-) -> Float[Array, "T D"]:
-    """One rank's share, float32: choices outside 0..num_experts-1 contribute nothing."""
-    num_tokens, num_choices = indices.shape
-    alignment = grouped_matmul.row_alignment(implementation, indices.size, num_experts)
-    is_local = (indices >= 0) & (indices < num_experts)
-    groups = jnp.where(is_local, indices, num_experts).reshape(-1)
-    positions, group_sizes = _sorted_positions(groups, num_experts, alignment)
-    num_rows = indices.size + num_experts * (alignment - 1)
-    num_rows += -num_rows % alignment
-    sources = jnp.zeros((num_rows,), jnp.int32)
-    sources = sources.at[positions].set(
-        jnp.arange(indices.size, dtype=jnp.int32) // num_choices, mode="drop", unique_indices=True
-    )
-    out = grouped_matmul.grouped_mlp(
-        x,
-        sources,
-        gate_proj,
-        up_proj,
-        down_proj,
-        group_sizes,
-        group_offset=group_offset,
-        row_alignment=alignment,
-        implementation=implementation,
-    )
-    per_choice = out.at[positions].get(mode="fill", fill_value=0).astype(jnp.float32)
-    per_choice = per_choice.reshape(num_tokens, num_choices, -1)
-    return jnp.einsum("txd,tx->td", per_choice, jnp.where(is_local, weights, 0.0))
+def _experts_of(
+    dispatch: Dispatch, rules: sharding.AxisRules, num_experts: int, group_offset: Array
+) -> Callable[..., Array]:
+    """From tokens and matrices to sums: over own experts where tokens are replicated, else all."""
+    axes = sharding.axis_names(rules.expert)
+    num_ranks = sharding.axis_size(rules.expert)
+    common = {
+        "num_experts": num_experts,
+        "group_offset": group_offset,
+        "implementation": dispatch.implementation,
+    }
+
+    def of_own_experts(x, indices, weights, *matrices):
+        rows = None
+        if num_ranks > 1 and indices.size > dispatch.min_rows:
+            rows = max(int(dispatch.slack * indices.size / num_ranks), dispatch.min_rows)
+        first = (jax.lax.axis_index(axes) if axes else 0) * num_experts
+        return local_experts.local_experts(
+            x, indices - first, weights, *matrices, rows_at_once=rows, **common
+        )
+
+    def gathered(x, indices, weights, *matrices):
+        tokens = (
+            jax.lax.all_gather(a, axes, tiled=True) if axes else a for a in (x, indices, weights)
+        )
+        out = of_own_experts(*tokens, *matrices)
+        return jax.lax.psum_scatter(out, axes, tiled=True) if axes else out
+
+    if dispatch.algorithm == "replicated":
+        return of_own_experts
+    if dispatch.algorithm == "all_gather":
+        return gathered
+
+    def exchanged(x, indices, weights, *matrices):
+        shape = (
+            num_ranks,
+            num_experts * num_ranks,
+            indices.shape[1],
+            dispatch.num_groups,
+            dispatch.top_groups,
+        )
+        route = token_exchange.Route(
+            axes=axes,
+            num_ranks=num_ranks,
+            per_choice=dispatch.algorithm.endswith("all_to_all"),
+            max_ranks=token_exchange.max_ranks(*shape),
+            mean_ranks=token_exchange.mean_ranks(*shape),
+            slack=dispatch.slack,
+            headroom=dispatch.headroom,
+            is_ragged=dispatch.algorithm.startswith("ragged"),
+        )
+        return token_exchange.exchanged_experts(
+            x, indices, weights, *matrices, route=route, **common
+        )
+
+    return exchanged
 
 
-def _sorted_positions(
-    groups: Int[Array, "M"], num_groups: int, alignment: int
-) -> tuple[Int[Array, "M"], Int[Array, "G"]]:
-    """Where each choice goes so that choices are sorted by group and groups start aligned.
-
-    Returns:
-      positions: row of each choice; far out of range for `groups == num_groups` (not ours).
-      group_sizes: rows per group, rounded up to `alignment`.
-    """
-    one_hot = (groups[:, None] == jnp.arange(num_groups)).astype(jnp.int32)
-    running = jnp.cumsum(one_hot, axis=0)
-    counts = running[-1]
-    sizes = (counts + alignment - 1) // alignment * alignment
-    starts = jnp.cumsum(sizes) - sizes
-    positions = jnp.sum(one_hot * (running - 1 + starts), axis=1)
-    return jnp.where(groups < num_groups, positions, jnp.iinfo(jnp.int32).max), sizes
-
-
-def _rank(axes: sharding.MeshAxes) -> Array:
-    return jax.lax.axis_index(sharding.axis_names(axes)) if axes else jnp.int32(0)
+def _own_part(tokens: Float[Array, "T D"], axes: tuple[str, ...]) -> Float[Array, "P D"]:
+    """This device's part of rows that all devices along the axes hold, the last filled up."""
+    if not axes:
+        return tokens
+    num_ranks = sharding.axis_size(axes)
+    part = -(-tokens.shape[0] // num_ranks)
+    padded = jnp.pad(tokens, ((0, part * num_ranks - tokens.shape[0]), (0, 0)))
+    return jax.lax.dynamic_slice_in_dim(padded, jax.lax.axis_index(axes) * part, part)

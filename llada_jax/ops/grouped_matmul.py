@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from llada_jax.ops import activations
+from llada_jax.ops import activations, placement
 
 IMPLEMENTATIONS = ("ragged_dot", "blocks")
 
@@ -39,7 +39,7 @@ def row_alignment(implementation: str, num_rows: int, num_groups: int) -> int:
 
 def grouped_mlp(
     x: Float[Array, "T D"],
-    sources: Int[Array, "M"],
+    rows: placement.Placement,
     gate_proj: Float[Array, "A D F"],
     up_proj: Float[Array, "A D F"],
     down_proj: Float[Array, "A F D"],
@@ -53,8 +53,8 @@ def grouped_mlp(
 
     Args:
       x: tokens.
-      sources: the token that each row is, sorted by group; group g owns the next `group_sizes[g]`
-        rows.
+      rows: the token that each row is, sorted by group; group g owns the next `group_sizes[g]`
+        rows. A row of no token has zeros.
       gate_proj: one matrix per group.
       up_proj: as `gate_proj`.
       down_proj: the way back.
@@ -66,10 +66,11 @@ def grouped_mlp(
         over blocks of rows, fast on CPUs; its reverse mode keeps no activations).
     """
     if implementation == "ragged_dot":
-        return _ragged_dot(x[sources], (gate_proj, up_proj, down_proj), group_sizes, group_offset)
+        taken = placement.rows_of_tokens(x, rows)
+        return _ragged_dot(taken, (gate_proj, up_proj, down_proj), group_sizes, group_offset)
     if implementation == "blocks":
         matrices = (gate_proj, up_proj, down_proj)
-        return _blocks(x, sources, matrices, group_sizes, group_offset, row_alignment)
+        return _blocks(x, rows.tokens, matrices, group_sizes, group_offset, row_alignment)
     raise ValueError(f"implementation {implementation!r} is not one of {IMPLEMENTATIONS}")
 
 
@@ -105,7 +106,8 @@ def _blocks(
         gate, up, down = (
             jax.lax.dynamic_index_in_dim(w, groups[i], keepdims=False) for w in matrices
         )
-        rows = x[jax.lax.dynamic_slice_in_dim(sources, i * block_rows, block_rows)]
+        tokens = jax.lax.dynamic_slice_in_dim(sources, i * block_rows, block_rows)
+        rows = placement.take(x, tokens)
         product = jnp.dot(activations.swiglu(jnp.dot(rows, gate), jnp.dot(rows, up)), down)
         return jax.lax.dynamic_update_slice_in_dim(out, product, i * block_rows, 0)
 
@@ -143,7 +145,7 @@ def _blocks_backward(block_rows, residuals, d_out):
             jax.lax.dynamic_index_in_dim(w, groups[i], keepdims=False) for w in matrices
         )
         tokens = jax.lax.dynamic_slice_in_dim(sources, i * block_rows, block_rows)
-        rows = x[tokens]
+        rows = placement.take(x, tokens)
         d_product = jax.lax.dynamic_slice_in_dim(d_out, i * block_rows, block_rows)
         hidden, pull = jax.vjp(activations.swiglu, jnp.dot(rows, gate), jnp.dot(rows, up))
         d_gated, d_upped = pull(jnp.dot(d_product, down.T))
@@ -159,7 +161,7 @@ def _blocks_backward(block_rows, residuals, d_out):
             )
             for total, (left, right) in zip(d_matrices, news, strict=True)
         )
-        return d_x.at[tokens].add(d_rows.astype(jnp.float32)), d_matrices
+        return d_x.at[tokens].add(d_rows.astype(jnp.float32), mode="drop"), d_matrices
 
     zeros = (
         jnp.zeros(x.shape, jnp.float32),

@@ -56,7 +56,7 @@ def main() -> None:
             down,
             layer=None,
             rules=sharding.SERVE_RULES,
-            implementation="blocks",
+            dispatch=expert_parallel.Dispatch(implementation="blocks"),
         )
 
     results = {}

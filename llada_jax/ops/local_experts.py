@@ -1,0 +1,128 @@
+"""One device's experts: its share of the tokens' choices, sorted, multiplied and summed.
+
+Dimension letters: `G` experts of a layer, `A` of a stack of layers, `M` choices.
+"""
+
+import functools
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from llada_jax.ops import grouped_matmul, partial_sums, placement
+
+
+def local_experts(
+    x: Float[Array, "T D"],
+    indices: Int[Array, "T X"],
+    weights: Float[Array, "T X"],
+    gate_proj: Float[Array, "A D F"],
+    up_proj: Float[Array, "A D F"],
+    down_proj: Float[Array, "A F D"],
+    *,
+    num_experts: int,
+    group_offset: Int[Array, ""],
+    implementation: str,
+    max_rows: int | None = None,
+    rows_at_once: int | None = None,
+) -> Float[Array, "T D"]:
+    """The weighted sum of what these experts make of the tokens, in float32.
+
+    Args:
+      x: tokens.
+      indices: choices; those outside 0..num_experts-1 are other devices' and contribute nothing.
+      weights: of the choices.
+      gate_proj: one matrix per expert.
+      up_proj: as `gate_proj`.
+      down_proj: the way back.
+      num_experts: experts of one layer on this device.
+      group_offset: index in the stacks of this layer's first expert.
+      implementation: see `grouped_matmul`.
+      max_rows: choices that fall to these experts at most; by default all.
+      rows_at_once: choices whose products are in memory at a time. More are computed in turn, so
+        an uneven load costs time and drops nothing.
+    """
+    alignment = grouped_matmul.row_alignment(implementation, indices.size, num_experts)
+    padding = num_experts * (alignment - 1)
+    num_rows = _round_up(min(max_rows or indices.size, indices.size) + padding, alignment)
+    window = num_rows
+    if rows_at_once is not None:
+        window = min(_round_up(rows_at_once + padding, alignment), num_rows)
+    part = functools.partial(
+        _rows_in_window,
+        implementation=implementation,
+        alignment=alignment,
+        window=window,
+    )
+    is_local = (indices >= 0) & (indices < num_experts)
+    groups = jnp.where(is_local, indices, num_experts)
+    positions, sizes = sorted_positions(groups.reshape(-1), num_experts, alignment)
+    inputs = (
+        x,
+        jnp.where(is_local, weights, 0.0),
+        gate_proj,
+        up_proj,
+        down_proj,
+        positions.reshape(indices.shape),
+        sizes,
+        jnp.int32(group_offset),
+    )
+    if window == num_rows:
+        return part(jnp.int32(0), *inputs)
+    count = jnp.maximum(-(-jnp.sum(sizes) // window), 1)
+    return partial_sums.sum_of_parts(part, count, *inputs)
+
+
+def _rows_in_window(
+    k: Int[Array, ""],
+    x: Float[Array, "T D"],
+    weights: Float[Array, "T X"],
+    gate_proj: Float[Array, "A D F"],
+    up_proj: Float[Array, "A D F"],
+    down_proj: Float[Array, "A F D"],
+    positions: Int[Array, "T X"],
+    sizes: Int[Array, "G"],
+    group_offset: Int[Array, ""],
+    *,
+    implementation: str,
+    alignment: int,
+    window: int,
+) -> Float[Array, "T D"]:
+    """The share of the choices at positions k * window and on, up to the next window."""
+    first = k * window
+    is_here = (positions >= first) & (positions < first + window)
+    rows = placement.place(jnp.where(is_here, positions - first, placement.NOWHERE), window)
+    ends = jnp.cumsum(sizes)
+    bounds = jnp.clip(jnp.stack([ends - sizes, ends]) - first, 0, window)
+    out = grouped_matmul.grouped_mlp(
+        x,
+        rows,
+        gate_proj,
+        up_proj,
+        down_proj,
+        bounds[1] - bounds[0],
+        group_offset=group_offset,
+        row_alignment=alignment,
+        implementation=implementation,
+    )
+    return placement.tokens_of_rows(out, weights, rows)
+
+
+def sorted_positions(
+    groups: Int[Array, "M"], num_groups: int, alignment: int
+) -> tuple[Int[Array, "M"], Int[Array, "G"]]:
+    """Where each choice goes so that choices are sorted by group and groups start aligned.
+
+    Returns:
+      positions: row of each choice; NOWHERE for `groups == num_groups` (not ours).
+      group_sizes: rows per group, rounded up to `alignment`.
+    """
+    one_hot = (groups[:, None] == jnp.arange(num_groups)).astype(jnp.int32)
+    running = jnp.cumsum(one_hot, axis=0)
+    sizes = _round_up(running[-1], alignment)
+    starts = jnp.cumsum(sizes) - sizes
+    positions = jnp.sum(one_hot * (running - 1 + starts), axis=1)
+    return jnp.where(groups < num_groups, positions, placement.NOWHERE), sizes
+
+
+def _round_up(number, multiple: int):
+    return (number + multiple - 1) // multiple * multiple

@@ -1,0 +1,172 @@
+"""Every way that tokens reach their experts against a loop over tokens, on meshes."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llada_jax import config, sharding
+from llada_jax.ops import expert_parallel, token_exchange
+
+MESHES = {
+    "1181": config.MeshConfig(expert=8),
+    "2141": config.MeshConfig(data=2, expert=4),
+    "1222": config.MeshConfig(fsdp=2, expert=2, tensor=2),
+    "1421": config.MeshConfig(fsdp=4, expert=2),
+}
+# Tokens are alike along the expert axis, or split over it too.
+ALIKE = sharding.AxisRules()
+SPLIT = sharding.AxisRules(batch=("data", "fsdp", "expert"))
+BATCH, LENGTH, EMBED, INNER = 8, 16, 8, 4
+EXPERTS, CHOICES, GROUPS, TOP_GROUPS = 16, 6, 8, 4
+# No headroom: an uneven load takes several rounds and windows.
+TIGHT = expert_parallel.Dispatch(
+    implementation="blocks",
+    num_groups=GROUPS,
+    top_groups=TOP_GROUPS,
+    slack=1.0,
+    headroom=0.0,
+    min_rows=8,
+)
+AXES = {
+    "x": ("batch", None, None),
+    "weights": ("batch", None, None),
+    "gate": ("expert", "embed", "mlp"),
+    "up": ("expert", "embed", "mlp"),
+    "down": ("expert", "mlp", "embed"),
+}
+
+
+@functools.cache
+def inputs():
+    """Arrays by name, choices limited to groups, and what multiplies the output in the loss."""
+    rng = np.random.default_rng(5)
+    shapes = {
+        "x": (BATCH, LENGTH, EMBED),
+        "weights": (BATCH, LENGTH, CHOICES),
+        "gate": (EXPERTS, EMBED, INNER),
+        "up": (EXPERTS, EMBED, INNER),
+        "down": (EXPERTS, INNER, EMBED),
+    }
+    arrays = {name: rng.standard_normal(s).astype(np.float32) for name, s in shapes.items()}
+    # Groups 0 and 1 get most tokens, expert 15 none.
+    liked = rng.standard_normal((BATCH, LENGTH, GROUPS)) - 1.5 * np.arange(GROUPS)
+    groups = np.argsort(-liked, axis=-1)[..., :TOP_GROUPS]
+    scores = rng.random((BATCH, LENGTH, EXPERTS))
+    scores[..., 15] = -1
+    is_kept = (np.arange(EXPERTS) // 2 == groups[..., None]).any(axis=-2)
+    indices = np.argsort(-np.where(is_kept, scores, -2), axis=-1)[..., :CHOICES].astype(np.int32)
+    return arrays, indices, rng.standard_normal((BATCH, LENGTH, EMBED)).astype(np.float32)
+
+
+@functools.cache
+def wanted():
+    """Loss and gradients by a loop over all experts on all tokens, weighted by who chose them."""
+    arrays, indices, cotangent = inputs()
+
+    def loss(a):
+        chosen = indices[..., None] == np.arange(EXPERTS)
+        shares = jnp.sum(jnp.where(chosen, a["weights"][..., None], 0.0), axis=-2)
+        out = jnp.zeros_like(a["x"])
+        for e in range(EXPERTS):
+            hidden = jax.nn.silu(a["x"] @ a["gate"][e]) * (a["x"] @ a["up"][e])
+            out += shares[..., e, None] * (hidden @ a["down"][e])
+        return jnp.sum(cotangent * out)
+
+    with jax.default_matmul_precision("highest"):
+        return jax.jit(jax.value_and_grad(loss))(arrays)
+
+
+def loss_and_gradients(mesh, rules, dispatch):
+    arrays, indices, cotangent = inputs()
+    mesh = sharding.make_mesh(MESHES[mesh])
+    with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
+
+        def put(array, *axes):
+            return jax.device_put(array, jax.NamedSharding(mesh, rules.spec(*axes)))
+
+        def loss(arrays, indices, cotangent):
+            out = expert_parallel.expert_mlp(
+                arrays["x"],
+                indices,
+                *(arrays[name] for name in ("weights", "gate", "up", "down")),
+                layer=None,
+                rules=rules,
+                dispatch=dispatch,
+            )
+            return jnp.sum(cotangent * out)
+
+        return jax.jit(jax.value_and_grad(loss))(
+            {name: put(array, *AXES[name]) for name, array in arrays.items()},
+            put(indices, *AXES["x"]),
+            put(cotangent, *AXES["x"]),
+        )
+
+
+CASES = [
+    *(("replicated", mesh, ALIKE) for mesh in MESHES),
+    *((name, mesh, SPLIT) for name in expert_parallel.ALGORITHMS[1:4] for mesh in MESHES),
+    *((name, "1181", ALIKE) for name in expert_parallel.ALGORITHMS[1:4]),
+]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "mesh", "rules"),
+    CASES,
+    ids=[f"{name}-{mesh}-{'split' if rules is SPLIT else 'alike'}" for name, mesh, rules in CASES],
+)
+def test_outputs_and_gradients_equal_a_loop_over_experts(algorithm, mesh, rules):
+    dispatch = dataclasses.replace(TIGHT, algorithm=algorithm)
+    value, gradients = loss_and_gradients(mesh, rules, dispatch)
+    np.testing.assert_allclose(value, wanted()[0], atol=1e-3, rtol=1e-5)
+    assert not np.asarray(wanted()[1]["gate"])[15].any()
+    for name, gradient in gradients.items():
+        np.testing.assert_allclose(gradient, wanted()[1][name], atol=2e-4, rtol=1e-4, err_msg=name)
+        assert gradient.sharding.spec == rules.spec(*AXES[name])
+
+
+@pytest.mark.parametrize("per_choice", [True, False])
+def test_the_load_of_these_tests_takes_several_rounds(per_choice):
+    shape = (8, EXPERTS, CHOICES, GROUPS, TOP_GROUPS)
+    route = token_exchange.Route(
+        axes=("expert",),
+        num_ranks=8,
+        per_choice=per_choice,
+        max_ranks=token_exchange.max_ranks(*shape),
+        mean_ranks=token_exchange.mean_ranks(*shape),
+        slack=1.0,
+        headroom=0.0,
+        is_ragged=False,
+    )
+    ranks = inputs()[1] // (EXPERTS // 8)  # row b is rank b's tokens
+    counts = (ranks[..., None] == np.arange(8)).sum(axis=-2)
+    rows = (counts if per_choice else counts > 0).sum(axis=1)
+    assert rows.max() > route.rows_per_round(LENGTH, CHOICES)[0]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4, 8, 16, 32])
+def test_mean_and_most_ranks_of_a_token_are_those_of_random_choices(num_ranks):
+    experts, choices, groups, top = 64, 8, 8, 4
+    rng = np.random.default_rng(0)
+    kept = rng.permuted(np.tile(np.arange(groups), (20_000, 1)), axis=1)[:, :top]
+    of_group = np.arange(experts).reshape(groups, -1)
+    chosen = rng.permuted(of_group[kept].reshape(20_000, -1), axis=1)[:, :choices]
+    counts = (chosen[..., None] // (experts // num_ranks) == np.arange(num_ranks)).any(1).sum(-1)
+    mean = token_exchange.mean_ranks(num_ranks, experts, choices, groups, top)
+    assert mean == pytest.approx(counts.mean(), rel=0.01)
+    most = token_exchange.max_ranks(num_ranks, experts, choices, groups, top)
+    assert counts.max() <= most <= min(num_ranks, choices)
+
+
+def test_tokens_split_over_the_experts_axis_cannot_be_taken_for_replicated():
+    dispatch = dataclasses.replace(TIGHT, algorithm="replicated")
+    with pytest.raises(ValueError, match="split the batch"):
+        loss_and_gradients("1181", SPLIT, dispatch)
+
+
+def test_an_unknown_algorithm_is_named():
+    with pytest.raises(ValueError, match="'broadcast' is not one of"):
+        expert_parallel.Dispatch(algorithm="broadcast")
