@@ -1,11 +1,10 @@
 """A training run, from top to bottom: restore, steps, evaluations, checkpoints, the end."""
 
-import contextlib
 import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -29,6 +28,7 @@ from llada_jax.train import (
     optimizer,
     options,
     processes,
+    profiling,
 )
 from llada_jax.train import state as state_lib
 from llada_jax.train import step as step_lib
@@ -149,6 +149,7 @@ class _Run:
         writer = metrics.MetricWriter(
             self.workdir, first_step=first, tensorboard=cfg.log.tensorboard
         )
+        profile = profiling.Profile(self.workdir, cfg.log)
         logging.info(
             "%d parameters, mesh %s, %d processes, steps %d to %d",
             sum(x.size for x in jax.tree.leaves(state.params)),
@@ -164,24 +165,27 @@ class _Run:
         is_ended = False
         try:
             while step < cfg.num_steps and not is_ended:
-                with self._profile(step):
-                    started = time.monotonic()
-                    host = next(self.data)
-                    batch = self._put(host)
-                    goal, inputs, has_noise = self._inputs(step, key)
-                    num_programs = self.compiled._cache_size()
-                    state, out = self.compiled(
-                        state, batch, inputs, goal=goal, has_embedding_noise=has_noise
-                    )
-                    is_compiled = self.compiled._cache_size() > num_programs
-                    # The host looks at a step while the device computes the next one.
-                    if pending is not None:
-                        self._report(*pending, writer, clock)
-                    pending = (step, out, self._host_figures(host, step))
-                    seconds = time.monotonic() - started
-                    pending[2]["time/step_seconds"] = seconds
-                    if not is_compiled:
-                        clock.trained_seconds += seconds
+                profile.before(step)
+                started = time.monotonic()
+                host = next(self.data)
+                batch = self._put(host)
+                goal, inputs, has_noise = self._inputs(step, key)
+                num_programs = self.compiled._cache_size()
+                state, out = self.compiled(
+                    state, batch, inputs, goal=goal, has_embedding_noise=has_noise
+                )
+                is_compiled = self.compiled._cache_size() > num_programs
+                # The host looks at a step while the device computes the next one.
+                if pending is not None:
+                    self._report(*pending, writer, clock)
+                pending = (step, out, self._host_figures(host, step))
+                if profile.ends_with(step):
+                    jax.block_until_ready(out)  # or the trace would end before the devices do
+                seconds = time.monotonic() - started
+                pending[2]["time/step_seconds"] = seconds
+                if not is_compiled:
+                    clock.trained_seconds += seconds
+                profile.after(step)
                 step += 1
                 is_ended = is_asked_to_end() or (
                     jax.process_count() > 1 and saved.reached_preemption(step)
@@ -198,6 +202,7 @@ class _Run:
             saved.save(state, self._run_data(clock))
             raise
         finally:
+            profile.close()
             saved.close()
             writer.close()
         if step < cfg.num_steps:
@@ -363,14 +368,3 @@ class _Run:
             model = nnx.merge(self.graph, state.params, state.rest)
             found |= self.sampler(model, step)
         return found
-
-    @contextlib.contextmanager
-    def _profile(self, step: int) -> Iterator[None]:
-        first = self.cfg.log.profile_first_step
-        if first is not None and step == first:
-            jax.profiler.start_trace(str(self.workdir / "profile"))
-        yield
-        if first is not None and step == min(
-            first + self.cfg.log.profile_steps - 1, self.cfg.num_steps - 1
-        ):
-            jax.profiler.stop_trace()

@@ -214,7 +214,8 @@ class LogOptions:
     Attributes:
       every_steps: steps between console lines and metrics.
       tensorboard: whether to write TensorBoard files beside the jsonl.
-      profile_first_step: first step of a profile, or None for no profile.
+      profile_first_step: first step of a profile, counted from 0, or None for no profile. The
+        first steps of a run or a phase compile.
       profile_steps: steps it covers.
     """
 
@@ -222,6 +223,10 @@ class LogOptions:
     tensorboard: bool = True
     profile_first_step: int | None = None
     profile_steps: int = 3
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1 or self.profile_steps < 1:
+            raise ValueError("log: every_steps and profile_steps must be >= 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -289,6 +294,12 @@ class TrainConfig:
                 f"batch_size: {self.batch_size} is not divisible by {rows}, the product of mesh "
                 f"axes data {self.mesh.data} and fsdp {self.mesh.fsdp} and accumulation "
                 f"{self.accumulation}"
+            )
+        profiled = self.log.profile_first_step
+        if profiled is not None and not 0 <= profiled < self.num_steps:
+            raise ValueError(
+                f"log.profile_first_step: {profiled} is no step of the run, which has "
+                f"0 to {self.num_steps - 1}"
             )
 
     @property

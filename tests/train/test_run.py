@@ -6,12 +6,13 @@ import os
 import pathlib
 import signal
 
+import jax
 import numpy as np
 import pytest
 
 from llada_convert import export_hf
 from llada_jax import checkpoint, config, generate
-from llada_jax.train import checkpoints, loop, metrics, options
+from llada_jax.train import checkpoints, loop, metrics, options, profiling
 from tests.convert.conftest import read_tensors
 from tests.train import kill_many, runs
 
@@ -98,15 +99,20 @@ def test_trained_model_is_exported_loaded_and_generates(whole, tmp_path):
 
 
 def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(data, whole, tmp_path, monkeypatch):
-    cfg, workdir = configuration(data), tmp_path / "run"
+    # The run ends inside the window of its profile, and resumes inside it.
+    log = {"every_steps": 1, "tensorboard": False, "profile_first_step": 4, "profile_steps": 2}
+    cfg, workdir = configuration(data, log=log), tmp_path / "run"
     monkeypatch.setattr(
         metrics,
         "log_line",
         lambda step, *_: os.kill(os.getpid(), signal.SIGTERM) if step == 4 else None,
     )
-    ends = []
+    ends, traces = [], []
     while not ends or not ends[-1].is_finished:
         ends.append(loop.run(cfg, workdir))
+        found = (workdir / profiling.FOLDER).rglob("*.xplane.pb")
+        traces.append(sum(file.stat().st_size > 0 for file in found))
+    assert traces == [1, 2]
     # A step's figures are read while the next one runs, which is then the last: step 5 is none that
     # the schedule saves.
     assert [end.step for end in ends] == [5, 10]
@@ -147,9 +153,14 @@ def test_another_model_or_stream_of_data_is_refused(data, whole, tmp_path):
 def test_a_bad_step_is_reported_with_its_rows_and_stops_the_run(data, tmp_path):
     rate = {"peak": 1e30, "kind": "constant"}  # the second step's loss is no number
     phases = [{"name": "a", "objective": "masked_diffusion", "steps": 8, "learning_rate": rate}]
-    cfg = configuration(data, phases=phases, bad_step={"action": "stop"})
+    log = {"every_steps": 1, "tensorboard": False, "profile_first_step": 1, "profile_steps": 7}
+    cfg = configuration(data, phases=phases, bad_step={"action": "stop"}, log=log)
     with pytest.raises(loop.BadStepError, match=r"step [23]: loss .* rows (8 to 15|16 to 23)"):
         loop.run(cfg, tmp_path / "run")
+    # The trace that was running has ended, and is kept.
+    assert len(list((tmp_path / "run" / profiling.FOLDER).rglob("*.xplane.pb"))) == 1
+    with pytest.raises(RuntimeError, match="No profile started"):
+        jax.profiler.stop_trace()
 
 
 @pytest.mark.slow
