@@ -10,6 +10,20 @@ import numpy as np
 
 from llada_jax import config
 
+# Peak bfloat16 operations per second of a chip, by JAX's `device_kind`, as Google publishes them:
+# cloud.google.com/tpu/docs/v4, v5e, v5p and v6e, "Peak compute per chip (bf16)". JAX shows a chip
+# of these generations as one device, under either of two names. Whole names: "TPU v4 lite" is
+# another chip than "TPU v4".
+PEAK_FLOPS_PER_SECOND = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepFlops:
@@ -87,3 +101,13 @@ def step_flops(
         attention=4.0 * cfg.num_hidden_layers * cfg.num_attention_heads * cfg.head_dim * pairs,
         head=2.0 * cfg.hidden_size * cfg.vocab_size * predicted_tokens,
     )
+
+
+def utilization(flops_per_second: float, device_kind: str, num_devices: int) -> float | None:
+    """Model FLOPs utilization (MFU): the share of the devices' bfloat16 peak that the model uses.
+
+    Returns:
+      None where no peak is published for the kind of device, as for a CPU.
+    """
+    peak = PEAK_FLOPS_PER_SECOND.get(device_kind)
+    return None if peak is None else flops_per_second / (peak * num_devices)

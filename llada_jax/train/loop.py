@@ -334,6 +334,13 @@ class _Run:
             "time/seconds_left": per_step * (cfg.num_steps - done),
             "time/flops_per_second": figures["flops/model"] / max(seconds, 1e-9),
         }
+        mfu = flops.utilization(
+            found["time/flops_per_second"],
+            self.mesh.devices.flat[0].device_kind,
+            self.mesh.devices.size,
+        )
+        if mfu is not None:
+            found["time/mfu"] = mfu
         waste = pipeline.packing_report(self.data.get_state())["waste"]
         found["data/waste"] = waste
         writer.write(done, found)

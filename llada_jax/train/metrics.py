@@ -120,8 +120,10 @@ def log_line(
     left = time.strftime("%H:%M:%S", time.gmtime(seconds_left))
     if seconds_left >= 86400:
         left = f"{int(seconds_left // 86400)}d {left}"
+    mfu = f"mfu {metrics['time/mfu']:.1%}  " if "time/mfu" in metrics else ""
     logging.info(
-        "step %d/%d %s  loss %.4f  nll %.4f  grad %.3g  lr %.3g  %.0f tokens/s  load %.2f  left %s",
+        "step %d/%d %s  loss %.4f  nll %.4f  grad %.3g  lr %.3g  %.0f tokens/s  %sload %.2f  "
+        "left %s",
         step,
         num_steps,
         phase,
@@ -130,6 +132,7 @@ def log_line(
         metrics["train/grad_norm"],
         metrics["train/learning_rate"],
         tokens_per_second,
+        mfu,
         metrics.get("router/max_over_mean_load", 0.0),
         left,
     )

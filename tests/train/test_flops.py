@@ -105,3 +105,23 @@ def test_each_part_agrees_with_the_compiler(changes, parts):
     assert {name for name in before if before[name] != after[name]} == parts
     added = compiler_flops(wider, 256) - compiler_flops(WIDE, 256)
     assert added == pytest.approx(sum(after.values()) - sum(before.values()), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("TPU v4", 275e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+    ],
+)
+def test_utilization_is_the_share_of_the_published_peak(kind, peak):
+    assert flops.utilization(peak, kind, 1) == 1
+    assert flops.utilization(8 * peak * 0.4, kind, 8) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "TPU v4 lite", "TPU v3", "TPU7x", "NVIDIA H100"])
+def test_without_a_published_peak_there_is_no_utilization(kind):
+    assert flops.utilization(1e12, kind, 1) is None
