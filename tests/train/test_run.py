@@ -12,9 +12,9 @@ import pytest
 
 from llada_convert import export_hf
 from llada_jax import checkpoint, config, generate
-from llada_jax.train import checkpoints, loop, metrics, options, profiling
+from llada_jax.train import checkpoints, flops, loop, metrics, options, profiling
 from tests.convert.conftest import read_tensors
-from tests.train import kill_many, runs
+from tests.train import event_files, kill_many, runs
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def configuration(data, **changes):
 def whole(data, tmp_path_factory):
     """A run from its first step to its last."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    outcome = loop.run(configuration(data), workdir)
+    outcome = loop.run(configuration(data, log={"every_steps": 1}), workdir)
     assert outcome == loop.Outcome(step=10, is_finished=True, model=workdir / "model")
     return workdir
 
@@ -70,10 +70,18 @@ def test_run_learns_and_reports_every_step_once(whole):
         assert line["flops/model"] > 0
         assert 0 <= line["time/goodput"] <= 1
         assert not line["train/is_bad"]
+        assert "time/mfu" not in line  # no peak is published for a CPU
     evals = [line for line in lines if "eval/bound_8" in line]
     assert [line["step"] for line in evals] == [5, 10]
     assert evals[1]["eval/bound_8"] < evals[0]["eval/bound_8"] < np.log(64) + 1
     assert "eval/bound_full" in evals[0]
+
+
+def test_tensorboard_shows_the_scalars_of_the_jsonl(whole):
+    lines = metrics.read_metrics(whole)
+    got = event_files.read_scalars(whole / "tensorboard")
+    assert got == event_files.scalars_of(lines)
+    assert {(10, "train/loss"), (10, "eval/bound_8"), (1, "time/goodput")} <= got.keys()
 
 
 def test_only_the_newest_steps_stay_and_each_is_a_model_directory(whole):
@@ -107,6 +115,7 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(data, whole, tmp_path, mo
         "log_line",
         lambda step, *_: os.kill(os.getpid(), signal.SIGTERM) if step == 4 else None,
     )
+    monkeypatch.setitem(flops.PEAK_FLOPS_PER_SECOND, "cpu", 1e12)
     ends, traces = [], []
     while not ends or not ends[-1].is_finished:
         ends.append(loop.run(cfg, workdir))
@@ -117,8 +126,10 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(data, whole, tmp_path, mo
     # the schedule saves.
     assert [end.step for end in ends] == [5, 10]
     assert_same(workdir, whole, tmp_path)
-    steps = [m["step"] for m in metrics.read_metrics(workdir) if "train/loss" in m]
-    assert steps == list(range(1, 11))
+    steps = [m for m in metrics.read_metrics(workdir) if "train/loss" in m]
+    assert [m["step"] for m in steps] == list(range(1, 11))
+    for m in steps:
+        assert m["time/mfu"] == pytest.approx(m["time/flops_per_second"] / 1e12)
 
 
 @pytest.mark.slow

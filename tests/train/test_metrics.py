@@ -1,0 +1,48 @@
+"""Figures stand once in every place they go to."""
+
+import time
+
+import numpy as np
+import pytest
+from absl import logging
+
+from llada_jax.train import metrics
+from tests.train import event_files
+
+
+def test_a_resumed_run_replaces_what_it_repeats(tmp_path, monkeypatch):
+    def write(first, last, factor):
+        writer = metrics.MetricWriter(tmp_path, first_step=first, tensorboard=True)
+        for step in range(first + 1, last + 1):
+            values = {"train/loss": np.float32(factor * step), "train/is_bad": False, "phase": "a"}
+            writer.write(step, values | {"router/load": np.arange(3) * step})
+        writer.close()
+
+    write(0, 5, 1.0)
+    with (tmp_path / metrics.METRICS_FILE).open("a") as file:
+        file.write('{"step": 6, "train/lo')  # killed while it wrote
+    # Event files are named after the second they begin in.
+    later = time.time() + 5
+    monkeypatch.setattr(time, "time", lambda: later)
+    write(3, 7, 0.1)
+    lines = metrics.read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, 8))
+    assert [line["train/loss"] for line in lines] == [
+        pytest.approx(step if step <= 3 else 0.1 * step) for step in range(1, 8)
+    ]
+    assert lines[6]["router/load"] == [0, 7, 14]
+    got = event_files.read_scalars(tmp_path / "tensorboard")
+    assert got == event_files.scalars_of(lines)
+
+
+@pytest.mark.parametrize(("mfu", "wanted"), [({"time/mfu": 0.4123}, "mfu 41.2%  load"), ({}, None)])
+def test_the_step_line_shows_utilization_where_it_is_known(monkeypatch, mfu, wanted):
+    lines = []
+    monkeypatch.setattr(logging, "info", lambda text, *values: lines.append(text % values))
+    names = ("loss", "masked_nll", "grad_norm", "learning_rate")
+    found = {f"train/{name}": 0.5 for name in names} | {"time/seconds_left": 90000.0} | mfu
+    metrics.log_line(3, 9, "blocks", found, 1234.0)
+    assert lines[0].startswith("step 3/9 blocks  loss 0.5000")
+    assert lines[0].endswith("left 1d 01:00:00")
+    assert ("mfu" in lines[0]) == bool(wanted)
+    assert (wanted or "tokens/s  load") in lines[0]
