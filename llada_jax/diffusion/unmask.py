@@ -6,12 +6,15 @@ of one batch may have their own, as arrays [B], in one compiled program.
 
 import dataclasses
 import functools
+import math
 from typing import Any, ClassVar, Protocol, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
+
+from llada_jax.diffusion import filtering
 
 # Thresholds and counts: a number for a single request, an array [B] inside a batch.
 PerRow = float | Array
@@ -277,59 +280,42 @@ def _draw(
     step: Int[Array, "B"],
 ) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
     """Draws from the filtered distributions; rows at temperature 0 give unused results."""
-    # Sorting wants the whole vocabulary in one place: rows stay split, the vocabulary does not.
-    rows = jax.typeof(block_start).sharding.spec[0]
-    whole, row = jax.P(rows, None, None), jax.P(rows)
+    rows, _, vocab = (*jax.typeof(logits).sharding.spec, None, None, None)[:3]
+    axes = (vocab,) if isinstance(vocab, str) else tuple(vocab or ())
+    row = jax.P(rows)
 
     @functools.partial(
         jax.shard_map,
-        in_specs=(whole, row, row, row),
+        in_specs=(jax.P(rows, None, vocab), row, row, row),
         out_specs=(jax.P(rows, None), jax.P(rows, None)),
         check_vma=False,
     )
     def local(logits, sampling, block_start, step):
-        ordered, order = filtered_logits(
-            logits, sampling.temperature, sampling.top_k, sampling.top_p
-        )
+        temperature = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
+        tempered = logits.astype(jnp.float32) / temperature[:, None, None]
+        stays = filtering.kept(tempered, sampling.top_k, sampling.top_p, axes=axes)
+        probability = filtering.probabilities(tempered, stays, axes=axes)
+        size, length = logits.shape[-1], logits.shape[1]
+        first = filtering.first_index(size, axes)
+        vocab_size = size * math.prod(jax.lax.axis_size(a) for a in axes)
 
         def one_row(seed, start, step):
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), start), step)
-            return jax.random.gumbel(key, logits.shape[1:])
+            # Every device makes the noise of the whole vocabulary and keeps its own part: what is
+            # drawn does not depend on how the vocabulary is split.
+            noise = jax.random.gumbel(key, (length, vocab_size))
+            return jax.lax.dynamic_slice_in_dim(noise, first, size, axis=1)
 
-        # The noise belongs to the vocabulary entry, not to its place in the order: two nearly
-        # equal logits may change places from one batch shape to the next.
         noise = jax.vmap(one_row)(sampling.seed, block_start, step)
-        noisy = ordered + jnp.take_along_axis(noise, order, axis=-1)
-        choice = jnp.argmax(noisy, axis=-1, keepdims=True)
-        probability = jnp.take_along_axis(jax.nn.softmax(ordered), choice, axis=-1)
-        return jnp.take_along_axis(order, choice, axis=-1)[..., 0], probability[..., 0]
+        noisy = jnp.where(stays, tempered + noise, -jnp.inf)
+        highest = filtering.maximum(jnp.max(noisy, axis=-1), axes)
+        index = jnp.arange(size) + first
+        is_best = noisy == highest[..., None]
+        choice = filtering.minimum(
+            jnp.min(jnp.where(is_best, index, vocab_size - 1), axis=-1), axes
+        )
+        is_chosen = index == choice[..., None]
+        chosen = jnp.max(jnp.where(is_chosen, probability, 0.0), axis=-1)
+        return choice.astype(jnp.int32), filtering.maximum(chosen, axes)
 
-    return local(jax.reshard(logits, whole), sampling, block_start, step)
-
-
-def filtered_logits(
-    logits: Float[Array, "B T V"],
-    temperature: Float[Array, "B"],
-    top_k: Int[Array, "B"],
-    top_p: Float[Array, "B"],
-) -> tuple[Float[Array, "B T V"], Int[Array, "B T V"]]:
-    """Tempered logits in descending order with -inf where top-k, then top-p, drop them.
-
-    Top-k keeps whatever ties with the k-th. Top-p drops a token if those before it already hold
-    more than p, so the first always stays.
-
-    Returns:
-      The ordered logits, and the vocabulary entry at each place.
-    """
-    temperature = jnp.where(temperature > 0, temperature, 1.0)[:, None, None]
-    order = jnp.argsort(-logits, axis=-1, stable=True).astype(jnp.int32)
-    ordered = jnp.take_along_axis(logits, order, axis=-1) / temperature
-    size = logits.shape[-1]
-    kth = jnp.where(top_k > 0, jnp.minimum(top_k, size), size)[:, None, None] - 1
-    smallest = jnp.take_along_axis(ordered, jnp.broadcast_to(kth, (*ordered.shape[:2], 1)), axis=-1)
-    ordered = jnp.where(ordered >= smallest, ordered, -jnp.inf)
-    probability = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probability, axis=-1) - probability
-    top_p = jnp.where(top_p < 1, top_p, jnp.inf)[:, None, None]
-    keep = (before <= top_p) | (jnp.arange(size) == 0)
-    return jnp.where(keep, ordered, -jnp.inf), order
+    return local(logits, sampling, block_start, step)

@@ -25,7 +25,8 @@ def sum_of_parts(part: Part, count: Int[Array, ""], *inputs: Array) -> Array:
       count: how many parts there are; alike on all devices where parts hold collectives.
       *inputs: arrays. Gradients flow to those of floating point, and are summed in float32.
     """
-    return part(jnp.int32(0), *inputs) + _later_parts(part, count, *inputs)
+    later: Array = _later_parts(part, count, *inputs)
+    return part(jnp.int32(0), *inputs) + later
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llada_jax import sharding
-from llada_jax.diffusion import unmask
+from llada_jax import config, sharding
+from llada_jax.diffusion import filtering, unmask
 from llada_jax.generate import batching
 from tests.diffusion import reference_loop
 
@@ -156,16 +156,9 @@ def filtered(logits, temperature, top_k, top_p):
     def full(value, dtype):
         return jnp.full((rows,), value, dtype)
 
-    ordered, order = unmask.filtered_logits(
-        jnp.asarray(logits)[:, None],
-        full(temperature, jnp.float32),
-        full(top_k, jnp.int32),
-        full(top_p, jnp.float32),
-    )
-    probability = np.asarray(jax.nn.softmax(ordered, axis=-1))[:, 0]
-    out = np.zeros_like(probability)
-    np.put_along_axis(out, np.asarray(order)[:, 0], probability, -1)
-    return out
+    tempered = jnp.asarray(logits)[:, None] / temperature
+    stays = filtering.kept(tempered, full(top_k, jnp.int32), full(top_p, jnp.float32))
+    return np.asarray(filtering.probabilities(tempered, stays))[:, 0]
 
 
 def test_filters_give_the_recorded_distributions(golden):
@@ -183,14 +176,53 @@ def test_filters_give_the_recorded_distributions(golden):
     assert count == 80
 
 
-def draw(logits, *, temperature=1.0, top_k=0, top_p=1.0, seeds, start=0, step=0, mask_id=0):
+def kept_by_sorting(logits, top_k, top_p):
+    """One position's filter by the definition: a stable sort, then a running sum."""
+    order = np.argsort(-logits, kind="stable")
+    stays = np.ones(len(logits), bool)
+    if top_k:
+        stays = logits >= logits[order[min(top_k, len(logits)) - 1]]
+    mass = np.where(stays, np.exp(logits.astype(np.float64) - logits.max()), 0.0)
+    mass /= mass.sum()
+    held = 0.0
+    for entry in order:
+        if top_p < 1 and held > top_p:
+            stays[entry] = False
+        held += mass[entry]
+    return stays
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    top_k=st.integers(0, 20),
+    top_p=st.sampled_from([0.3091, 0.7713, 1]),
+)
+@settings(max_examples=40, deadline=None)
+def test_filters_keep_what_a_sort_would_also_where_many_are_equal(seed, top_k, top_p):
+    rng = np.random.default_rng(seed)
+    # Few values, so that thresholds fall on ties; no sum of so few comes near the limits on mass.
+    logits = np.log(rng.integers(1, 4, (2, 3, 17))).astype(np.float32)
+    logits[:, :, 5] = -np.inf
+    got = filtering.kept(
+        jnp.asarray(logits), jnp.full((2,), top_k), jnp.full((2,), top_p, jnp.float32)
+    )
+    for place in np.ndindex(2, 3):
+        wanted = kept_by_sorting(logits[place], top_k, top_p)
+        is_possible = np.isfinite(logits[place])
+        np.testing.assert_array_equal(got[place][is_possible], wanted[is_possible])
+
+
+def draw(
+    logits, *, temperature=1.0, top_k=0, top_p=1.0, seeds, start=0, step=0, mask_id=0, mesh=None
+):
     """Candidates and confidences of rows that all have the same logits [T, V]."""
     rows = len(seeds)
 
     def column(value, dtype):
         return np.full((rows,), value, dtype)
 
-    with jax.set_mesh(sharding.make_mesh()):
+    mesh = sharding.make_mesh(mesh)
+    with jax.set_mesh(mesh):
         numbers = batching.put_rows(
             {
                 "temperature": column(temperature, np.float32),
@@ -203,6 +235,8 @@ def draw(logits, *, temperature=1.0, top_k=0, top_p=1.0, seeds, start=0, step=0,
         tiled, starts, steps = batching.put_rows(
             (np.tile(logits, (rows, 1, 1)), column(start, np.int32), column(step, np.int32)), RULES
         )
+        split = jax.NamedSharding(mesh, RULES.spec("batch", None, "vocab"))
+        tiled = jax.device_put(tiled, split)
         tokens, confidence = jax.jit(unmask.draw_candidates)(
             tiled,
             unmask.Sampling(**numbers),
@@ -256,3 +290,12 @@ def test_one_token_left_has_confidence_one():
     tokens, confidence = draw(logits, temperature=1.0, top_k=1, seeds=[3], mask_id=8)
     assert (tokens[0] == logits[:, :8].argmax(-1)).all()
     np.testing.assert_allclose(confidence, 1.0)
+
+
+def test_a_vocabulary_in_parts_gives_the_same_draws():
+    logits = np.random.default_rng(4).standard_normal((5, 40)).astype(np.float32)
+    numbers = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seeds": range(8)}
+    whole = draw(logits, **numbers)
+    parts = draw(logits, **numbers, mesh=config.MeshConfig(data=2, tensor=4))
+    np.testing.assert_array_equal(parts[0], whole[0])
+    np.testing.assert_allclose(parts[1], whole[1], rtol=1e-5)
