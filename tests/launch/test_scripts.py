@@ -1,0 +1,63 @@
+"""What holds for every script, and that the README's commands are accepted."""
+
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from tests.launch.conftest import LAUNCH
+
+SCRIPTS = sorted(LAUNCH.glob("*.sh"))
+
+
+def test_shellcheck():
+    # It comes with the dev extra, beside this interpreter.
+    program = pathlib.Path(sys.executable).parent / "shellcheck"
+    assert program.exists(), f"{program} is missing; run: pip install -e '.[dev]'"
+    done = subprocess.run(
+        [str(program), "--external-sources", *map(str, SCRIPTS)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=LAUNCH,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_script_is_strict_and_executable(script):
+    text = script.read_text()
+    if script.name == "env.sh":  # sourced: it would change its caller's shell
+        assert "set -e" not in text
+    else:
+        assert "set -euo pipefail" in text or "/common.sh" in text
+    if script.name != "common.sh":
+        assert text.startswith("#!/usr/bin/env bash\n")
+        assert script.stat().st_mode & 0o111
+
+
+def readme_commands() -> list[str]:
+    text = (LAUNCH / "README.md").read_text()
+    blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    shown = [line.split("  #")[0].strip() for line in lines]
+    return [line for line in shown if line.startswith(("launch/", "export "))]
+
+
+def test_commands_of_the_readme_are_accepted(shell):
+    variables = {}
+    scripts = set()
+    for command in readme_commands():
+        words = shlex.split(command)
+        if words[0] == "export":
+            variables |= dict(word.split("=", 1) for word in words[1:])
+            continue
+        name = words[0].removeprefix("launch/")
+        scripts.add(name)
+        first = 3 if name == "xpk.sh" else 2
+        printed = shell.dry_run(name, *words[1:first], "--dry-run", *words[first:], **variables)
+        assert printed, command
+    assert scripts == {"tpu_vm.sh", "xpk.sh", "jobset.sh"}
