@@ -138,8 +138,7 @@ def load_model(
     stored = stored_arrays(directory / PARAMS_FOLDER)
     model = transformer.abstract_model(cfg, rules, grouped_matmul=grouped_matmul)
     abstract = nnx.to_pure_dict(nnx.state(model))
-    flat = jax.tree_util.tree_leaves_with_path(abstract)
-    problems = tree_problems({dotted(path): leaf.shape for path, leaf in flat}, stored)
+    problems = tree_problems(tree_shapes(abstract), stored)
     problems += chunk_problems(directory / PARAMS_FOLDER, stored)
     if problems:
         raise ValueError("\n  ".join((f"{directory}: damaged, or of another config", *problems)))
@@ -285,6 +284,12 @@ def stored_arrays(folder: pathlib.Path) -> dict[str, StoredArray]:
         }
     except Exception as error:  # Orbax and tensorstore raise many kinds for damaged files
         raise ValueError(f"{folder}: cannot be read as an Orbax checkpoint: {error}") from error
+
+
+def tree_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of each leaf, by dotted path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {dotted(path): leaf.shape for path, leaf in leaves}
 
 
 def tree_problems(

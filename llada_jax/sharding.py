@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax import P
 from jax.sharding import AxisType
+from jaxtyping import Array
 
 from llada_jax import config
 
@@ -87,6 +88,12 @@ def make_mesh(
 def axis_names(axes: MeshAxes) -> tuple[str, ...]:
     """The mesh axes of a rule, as collectives take them; none for a dimension kept whole."""
     return (axes,) if isinstance(axes, str) else axes or ()
+
+
+def axis_index(axes: MeshAxes) -> Array | int:
+    """Which shard along these axes a device holds, within `jax.shard_map`."""
+    names = axis_names(axes)
+    return jax.lax.axis_index(names) if names else 0
 
 
 def axis_size(axes: MeshAxes) -> int:

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from llada_jax import sharding
+
 # Bits settled per round: a round compares with 2 ** 2 - 1 thresholds, and is one exchange.
 _BITS = 2
 Axes = tuple[str, ...]
@@ -66,11 +68,6 @@ def minimum(values: Array, axes: Axes) -> Array:
     return jax.lax.pmin(values, axes) if axes else values
 
 
-def first_index(size: int, axes: Axes) -> Int[Array, ""] | int:
-    """The vocabulary entry that this device's part begins with."""
-    return jax.lax.axis_index(axes) * size if axes else 0
-
-
 def _top_k(keys: Array, top_k: Array, axes: Axes) -> Array:
     wanted = jnp.where(top_k > 0, top_k, jnp.iinfo(jnp.int32).max)[:, None]
     # At least one threshold holds: 0 is below every key, and keeps all where fewer than k are left.
@@ -99,7 +96,7 @@ def _top_p(logits: Array, keys: Array, stays: Array, top_p: Array, axes: Axes) -
     room = jnp.where(each > 0, (limit - above) / jnp.where(each > 0, each, 1.0), 0.0)
     most = jnp.float32(2**30)
     wanted = jnp.floor(jnp.clip(room, 0.0, most)).astype(jnp.int32) + 1
-    index = jnp.arange(keys.shape[-1]) + first_index(keys.shape[-1], axes)
+    index = jnp.arange(keys.shape[-1]) + sharding.axis_index(axes) * keys.shape[-1]
 
     def is_short(bounds: Array) -> Array:
         before = is_last[..., None] & (index[:, None] < bounds[..., None, :])

@@ -6,7 +6,6 @@ of one batch may have their own, as arrays [B], in one compiled program.
 
 import dataclasses
 import functools
-import math
 from typing import Any, ClassVar, Protocol, TypeVar, dataclass_transform
 
 import jax
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from llada_jax import sharding
 from llada_jax.diffusion import filtering
 
 # Thresholds and counts: a number for a single request, an array [B] inside a batch.
@@ -281,7 +281,7 @@ def _draw(
 ) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
     """Draws from the filtered distributions; rows at temperature 0 give unused results."""
     rows, _, vocab = (*jax.typeof(logits).sharding.spec, None, None, None)[:3]
-    axes = (vocab,) if isinstance(vocab, str) else tuple(vocab or ())
+    axes = sharding.axis_names(vocab)
     row = jax.P(rows)
 
     @functools.partial(
@@ -296,8 +296,8 @@ def _draw(
         stays = filtering.kept(tempered, sampling.top_k, sampling.top_p, axes=axes)
         probability = filtering.probabilities(tempered, stays, axes=axes)
         size, length = logits.shape[-1], logits.shape[1]
-        first = filtering.first_index(size, axes)
-        vocab_size = size * math.prod(jax.lax.axis_size(a) for a in axes)
+        first = sharding.axis_index(axes) * size
+        vocab_size = sharding.axis_size(axes) * size
 
         def one_row(seed, start, step):
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), start), step)

@@ -158,7 +158,7 @@ def _experts_of(
         rows = None
         if num_ranks > 1 and indices.size > dispatch.min_rows:
             rows = max(int(dispatch.slack * indices.size / num_ranks), dispatch.min_rows)
-        first = (jax.lax.axis_index(axes) if axes else 0) * num_experts
+        first = sharding.axis_index(axes) * num_experts
         return local_experts.local_experts(
             x, indices - first, weights, *matrices, rows_at_once=rows, **common
         )
@@ -207,4 +207,4 @@ def _own_part(tokens: Float[Array, "T D"], axes: tuple[str, ...]) -> Float[Array
     num_ranks = sharding.axis_size(axes)
     part = -(-tokens.shape[0] // num_ranks)
     padded = jnp.pad(tokens, ((0, part * num_ranks - tokens.shape[0]), (0, 0)))
-    return jax.lax.dynamic_slice_in_dim(padded, jax.lax.axis_index(axes) * part, part)
+    return jax.lax.dynamic_slice_in_dim(padded, sharding.axis_index(axes) * part, part)

@@ -59,12 +59,12 @@ def local_experts(
     inputs = (
         x,
         jnp.where(is_local, weights, 0.0),
-        gate_proj,
-        up_proj,
-        down_proj,
         positions.reshape(indices.shape),
         sizes,
         jnp.int32(group_offset),
+        gate_proj,
+        up_proj,
+        down_proj,
     )
     if window == num_rows:
         return part(jnp.int32(0), *inputs)
@@ -76,13 +76,10 @@ def _rows_in_window(
     k: Int[Array, ""],
     x: Float[Array, "T D"],
     weights: Float[Array, "T X"],
-    gate_proj: Float[Array, "A D F"],
-    up_proj: Float[Array, "A D F"],
-    down_proj: Float[Array, "A F D"],
     positions: Int[Array, "T X"],
     sizes: Int[Array, "G"],
     group_offset: Int[Array, ""],
-    *,
+    *matrices: Float[Array, "A _ _"],
     implementation: str,
     alignment: int,
     window: int,
@@ -96,10 +93,8 @@ def _rows_in_window(
     out = grouped_matmul.grouped_mlp(
         x,
         rows,
-        gate_proj,
-        up_proj,
-        down_proj,
-        bounds[1] - bounds[0],
+        *matrices,
+        group_sizes=bounds[1] - bounds[0],
         group_offset=group_offset,
         row_alignment=alignment,
         implementation=implementation,

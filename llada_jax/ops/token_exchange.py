@@ -38,8 +38,7 @@ class Route:
       slack: rows of a round, over those of an even load.
       headroom: added to that, in standard deviations of choices at random.
       is_ragged: whether a round sends only the rows there are, with `lax.ragged_all_to_all`, which
-        TPUs have, though not v5e slices larger than 4x4 (spec: docs/expert_parallel.md); else
-        whole buffers.
+        TPUs have, though not v5e slices larger than 4x4; else whole buffers.
     """
 
     axes: tuple[str, ...]
@@ -156,9 +155,9 @@ def exchanged_experts(
     )
     # Every device takes part in every round.
     count = jax.lax.pmax(jnp.max(rounds) + 1, sharding.MESH_AXES)
-    inputs = (x, weights, gate_proj, up_proj, down_proj)
-    integers = (indices, destinations, rounds, jnp.int32(group_offset))
-    return partial_sums.sum_of_parts(part, jnp.maximum(count, 1), *inputs, *integers)
+    inputs = (x, weights, indices, destinations, rounds, jnp.int32(group_offset))
+    matrices = (gate_proj, up_proj, down_proj)
+    return partial_sums.sum_of_parts(part, jnp.maximum(count, 1), *inputs, *matrices)
 
 
 def _distinct_ranks(
@@ -188,14 +187,11 @@ def _round(
     k: Int[Array, ""],
     x: Float[Array, "T D"],
     weights: Float[Array, "T X"],
-    gate_proj: Float[Array, "A D F"],
-    up_proj: Float[Array, "A D F"],
-    down_proj: Float[Array, "A F D"],
     indices: Int[Array, "T X"],
     destinations: Int[Array, "T S"],
     rounds: Int[Array, "T S"],
     group_offset: Int[Array, ""],
-    *,
+    *matrices: Float[Array, "A _ _"],
     route: Route,
     num_rows: int,
     max_choices: int,
@@ -232,9 +228,7 @@ def _round(
         exchange.out(placement.rows_of_tokens(x, sent)),
         there_ids,
         there_weights,
-        gate_proj,
-        up_proj,
-        down_proj,
+        *matrices,
         num_experts=num_experts,
         group_offset=group_offset,
         implementation=implementation,

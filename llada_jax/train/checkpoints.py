@@ -111,12 +111,10 @@ class Checkpoints:
         # there is compared before anything is read.
         problems: list[str] = []
         for folder, tree in wanted.items():
-            shapes = {
-                checkpoint.dotted(path): leaf.shape
-                for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-            }
-            stored = checkpoint.stored_arrays(self.folder / f"{step:08d}" / folder)
-            problems += checkpoint.tree_problems(shapes, stored, wanted_by="the configuration")
+            stored = checkpoint.stored_arrays(self._step_folder(step) / folder)
+            problems += checkpoint.tree_problems(
+                checkpoint.tree_shapes(tree), stored, wanted_by="the configuration"
+            )
         if problems:
             raise ValueError(
                 f"{self.folder}: step {step} is not of this configuration's model and optimizer "
@@ -153,12 +151,15 @@ class Checkpoints:
         model = nnx.merge(self._graph, state.params, state.rest)
         return nnx.to_pure_dict(nnx.state(model))
 
+    def _step_folder(self, step: int) -> pathlib.Path:
+        return self.folder / f"{step:08d}"
+
     def _complete(self) -> None:
         """Adds the files that make finished steps model directories."""
         self._manager.wait_until_finished()
         if jax.process_index() == 0:
             for step in self._manager.all_steps():
-                folder = self.folder / f"{step:08d}"
+                folder = self._step_folder(step)
                 if not checkpoint.is_model_directory(folder):
                     params = folder / checkpoint.PARAMS_FOLDER
                     dtypes = dict.fromkeys(checkpoint.stored_arrays(params), "float32")

@@ -1,4 +1,4 @@
-"""What the TPU compiler says attention takes, by form and length; docs/attention.md has the output.
+"""What the TPU compiler says attention takes, by form and length.
 
     python tests/benchmarks/attention_memory.py --json attention.json
 
