@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import sys
-import tempfile
 from typing import Any
 
 import pytest
@@ -23,11 +22,6 @@ _FLAGS = (
 )
 os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_FLAGS)).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Workers and the processes that tests start compile much the same programs; each is compiled once.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    _cache = tempfile.TemporaryDirectory(prefix="llada_jax_tests_")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
