@@ -15,7 +15,6 @@ import pathlib
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +27,16 @@ for path in sorted(source.iterdir()):
     descriptor = os.open(target / path.name, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+"""
+# Between us and the command, because a process inherits the peak of the one that started it.
+_MEASURE = """
+import resource, subprocess, sys, time
+started = time.monotonic()
+status = subprocess.run(sys.argv[1:], stdout=sys.stderr).returncode
+seconds = time.monotonic() - started
+usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss)
+sys.exit(status)
 """
 
 
@@ -67,18 +76,16 @@ def measure(source: pathlib.Path, work: pathlib.Path, *, is_warm: bool) -> dict[
 
 
 def _run(command: Sequence[str], num_bytes: int) -> dict[str, float]:
-    started = time.monotonic()
-    process = subprocess.Popen(command)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    seconds = time.monotonic() - started
-    if process.returncode:
-        raise RuntimeError(f"{command}: exit status {process.returncode}")
+    measured = [sys.executable, "-c", _MEASURE, *command]
+    done = subprocess.run(measured, stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{command}: exit status {done.returncode}")
+    seconds, cpu_seconds, peak_kib = map(float, done.stdout.split()[-3:])
     return {
         "seconds": round(seconds, 2),
         "mb_per_second": round(num_bytes / 1e6 / seconds, 1),
-        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
-        "peak_resident_mb": round(usage.ru_maxrss / 1024, 1),
+        "cpu_seconds": round(cpu_seconds, 2),
+        "peak_resident_mb": round(peak_kib / 1024, 1),
     }
 
 

@@ -279,18 +279,20 @@ def test_memory_does_not_grow_with_the_checkpoint(make, tmp_path):
             moe_intermediate_size=256,
             num_experts=32,
         )
-        # The child itself reads its peak, and frees nothing before.
+        # Not `ru_maxrss`: a child inherits there the peak of the process that started it.
         code = (
-            "import resource, sys; from llada_convert import cli; status = cli.main(sys.argv[1:]); "
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024); sys.exit(status)"
+            "import pathlib, re, sys; from llada_convert import cli; "
+            "status = cli.main(sys.argv[1:]); "
+            "peak = re.search(r'VmHWM:\\s+(\\d+)', pathlib.Path('/proc/self/status').read_text()); "
+            "print(peak[1]); sys.exit(status)"
         )
         command = ["import", str(source), str(tmp_path / f"target{layers}"), "--workers", "2"]
         done = subprocess.run(
             [sys.executable, "-c", code, *command], capture_output=True, text=True, check=True
         )
         size = (source / "model.safetensors").stat().st_size
-        return int(done.stdout), size
+        return int(done.stdout) * 1024, size
 
     (small_peak, small), (large_peak, large) = peak_bytes(2), peak_bytes(6)
     assert large - small > 150_000_000
-    assert large_peak - small_peak < (large - small) / 3
+    assert large_peak - small_peak < (large - small) / 10
