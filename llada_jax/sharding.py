@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from jax import P
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 from jaxtyping import Array
 
@@ -79,12 +80,15 @@ def make_mesh(
 ) -> jax.sharding.Mesh:
     """A mesh with explicit axes over the first devices.
 
+    Slices of TPUs that only the data centre's network connects lie along `data`, the axis that has
+    the least to send: gradients, once per step.
+
     Args:
       mesh: sizes of the axes; by default one device.
       devices: `jax.Device`s to take from; by default all of this process group.
 
     Raises:
-      ValueError: there are fewer devices than the mesh takes.
+      ValueError: there are fewer devices than the mesh takes, or slices do not divide `data`.
     """
     mesh = mesh or config.MeshConfig()
     devices = list(jax.devices() if devices is None else devices)
@@ -94,12 +98,20 @@ def make_mesh(
             "choose a smaller mesh (to simulate devices on a CPU, set "
             "XLA_FLAGS=--xla_force_host_platform_device_count=8)"
         )
-    return jax.make_mesh(
-        mesh.shape,
-        MESH_AXES,
-        axis_types=(AxisType.Explicit,) * len(MESH_AXES),
-        devices=devices[: mesh.num_devices],
-    )
+    axis_types = (AxisType.Explicit,) * len(MESH_AXES)
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if num_slices == 1:
+        return jax.make_mesh(
+            mesh.shape, MESH_AXES, axis_types=axis_types, devices=devices[: mesh.num_devices]
+        )
+    if mesh.data % num_slices or len(devices) != mesh.num_devices:
+        raise ValueError(
+            f"mesh {mesh.shape}: {len(devices)} devices in {num_slices} slices are present; choose "
+            "a mesh that takes them all, with a multiple of the slices along data"
+        )
+    in_slice = (mesh.data // num_slices, *mesh.shape[1:])
+    placed = mesh_utils.create_hybrid_device_mesh(in_slice, (num_slices, 1, 1, 1), devices)
+    return jax.sharding.Mesh(placed, MESH_AXES, axis_types=axis_types)
 
 
 def check_fits(mesh: config.MeshConfig, model: config.ModelConfig, rules: AxisRules) -> None:

@@ -147,8 +147,9 @@ class ComputeOptions:
     """How the step is computed; none of these changes what is computed, rounding aside.
 
     Attributes:
-      dtype: of activations and of the copy of the parameters that is multiplied. The parameters
-        themselves, moments and gradients' sums are float32, and so is the router.
+      dtype: of activations and of the copy of the parameters that is multiplied, and of gradients
+        as they are summed over devices. The parameters themselves, moments, the sum of gradients
+        over parts of a batch, and the router are float32.
       attention: "tiles" leaves out the empty tiles of the mask, "splash" does so in a kernel for
         TPUs, "dense" builds the mask whole. Here and in the next two, None is the backend's
         default.

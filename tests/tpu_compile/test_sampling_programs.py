@@ -19,11 +19,11 @@ RULES = sharding.SERVE_RULES
 
 
 @functools.cache
-def topology(name: str):
-    """Devices of a slice; the compiler needs neither metadata servers nor the library's lock."""
+def topology(name: str, num_slices: int = 1):
+    """Devices of slices; the compiler needs neither metadata servers nor the library's lock."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    return topologies.get_topology_desc(platform="tpu", topology_name=name)
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=num_slices)
 
 
 def lowered_programs(preset: str, slice_name: str, mesh_text: str, batch: int, capacity: int):
@@ -102,3 +102,13 @@ def test_programs_compile_fit_and_reuse_the_cache(
         print(f"{preset} {slice_name} {name}: peak {memory.peak_memory_in_bytes / 2**30:.2f} GiB")
         names.append(name)
     assert names == ["prefill", "decode_block"]
+
+
+def test_slices_lie_along_data():
+    devices = topology("v5e:2x4", num_slices=2).devices
+    mesh = sharding.make_mesh(config.MeshConfig(data=4, fsdp=2, expert=2), devices)
+    slices = [{device.slice_index for device in row.flat} for row in mesh.devices]
+    assert slices == [{0}, {0}, {1}, {1}]
+    for refused in (config.MeshConfig(fsdp=8, expert=2), config.MeshConfig(data=2, fsdp=4)):
+        with pytest.raises(ValueError, match="multiple of the slices along data"):
+            sharding.make_mesh(refused, devices)
