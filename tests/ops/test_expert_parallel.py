@@ -40,8 +40,8 @@ AXES = {
 }
 
 
-# Choices of a token, by how they fall: most to two groups; all tokens' to one expert; all tokens' to
-# the same few, which four of eight devices hold.
+# Choices of a token, by how they fall: most to two groups; all tokens' to one expert; all tokens'
+# to the same few, which four of eight devices hold.
 LOADS = {"skewed": CHOICES, "one_expert": 1, "few_experts": CHOICES}
 
 
