@@ -1,14 +1,15 @@
 """LLaDA2.0-flash from its autoregressive base: continued pretraining by the published schedule.
 
-    llada-data corpus/ --tokenizer checkpoints/flash-base --out data/cpt/tokens --holdout 0.001
+    llada-data corpus/ --tokenizer checkpoints/flash-tokenizer --out data/cpt/tokens --holdout 0.001
     llada-train --distributed --config configs/flash_cpt_v5p.py --workdir /mnt/runs/flash_cpt
 
 Hardware: 128 TPU v5p chips (v5p-256), 95 GB each; every host runs the second command,
 and the same /mnt/runs is on every host.
 Model: 102.89 B parameters. They, AdamW's moments and gradients, in float32, take 16 bytes of each:
 12.9 GB per chip.
-Start: checkpoints/flash-base holds the weights of Ling-flash-base-2.0, whose names are alike, with
-LLaDA2.0-flash's config.json and tokenizer in place of Ling's, whose model type is not read here.
+Start: checkpoints/flash-base is Ling-flash-base-2.0 as published, or what `llada-convert import`
+makes of it; checkpoints/flash-tokenizer holds the tokenizer files of LLaDA2.0-flash, which has the
+mask that Ling's lacks and gives other ids to the marks of a chat.
 
 Not run on a TPU, and not tried on the published files. Time, memory in use and result are unknown,
 and so is whether another mesh would be better.
@@ -51,7 +52,10 @@ def get_config() -> ConfigDict:
             "batch_size": 512,
             # Ranks of `expert` see the same rows, and each would compute their attention again.
             "mesh": {"data": 1, "fsdp": 128, "expert": 1, "tensor": 1},
-            "model": {"init_from": "checkpoints/flash-base"},
+            "model": {
+                "init_from": "checkpoints/flash-base",
+                "tokenizer": "checkpoints/flash-tokenizer",
+            },
             "data": {"sources": [{"path": TOKENS}], "packing": packing},
             "phases": phases,
             "loss": {

@@ -1,14 +1,15 @@
 """LLaDA2.0-mini from its autoregressive base: continued pretraining by the published schedule.
 
-    llada-data corpus/ --tokenizer checkpoints/mini-base --out data/cpt/tokens --holdout 0.001
+    llada-data corpus/ --tokenizer checkpoints/mini-tokenizer --out data/cpt/tokens --holdout 0.001
     llada-train --distributed --config configs/mini_cpt_v5p.py --workdir /mnt/runs/mini_cpt
 
 Hardware: 32 TPU v5p chips (v5p-64), 95 GB each; every host runs the second command,
 and the same /mnt/runs is on every host.
 Model: 16.26 B parameters. They, AdamW's moments and gradients, in float32, take 16 bytes of each:
 8.1 GB per chip.
-Start: checkpoints/mini-base holds the weights of Ling-mini-base-2.0, whose names are alike, with
-LLaDA2.0-mini's config.json and tokenizer in place of Ling's, whose model type is not read here.
+Start: checkpoints/mini-base is Ling-mini-base-2.0 as published, or what `llada-convert import`
+makes of it; checkpoints/mini-tokenizer holds the tokenizer files of LLaDA2.0-mini, which has the
+mask that Ling's lacks and gives other ids to the marks of a chat.
 
 Not run on a TPU, and not tried on the published files. Time, memory in use and result are unknown,
 and so is whether another mesh would be better.
@@ -50,7 +51,10 @@ def get_config() -> ConfigDict:
             "seed": 0,
             "batch_size": 256,
             "mesh": {"data": 1, "fsdp": 32, "expert": 1, "tensor": 1},
-            "model": {"init_from": "checkpoints/mini-base"},
+            "model": {
+                "init_from": "checkpoints/mini-base",
+                "tokenizer": "checkpoints/mini-tokenizer",
+            },
             "data": {"sources": [{"path": TOKENS}], "packing": packing},
             "phases": phases,
             "loss": {

@@ -5,10 +5,12 @@
 #
 # Every process simulates that many CPU devices, so the mesh has PROCESSES x DEVICES_PER_PROCESS.
 # The first process's output is shown; the others' goes to $LOCAL_POD_LOGS (default: a new folder
-# in $TMPDIR). If one fails, all are ended and the exit status is not 0. SIGTERM is passed on.
+# in $TMPDIR). If one fails, all are ended and the exit status is not 0: by SIGTERM, and by SIGKILL
+# $LOCAL_POD_GRACE_SECONDS (20) later, as a process that waits for one that is gone hears no SIGTERM.
+# SIGTERM is passed on.
 set -euo pipefail
 if [ $# -lt 3 ]; then
-  sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 processes=$1 devices=$2
@@ -33,14 +35,18 @@ follower=$!
 
 status=0
 for ((i = 0; i < processes; i++)); do
-  # Whichever ends first: one that failed leaves the others waiting for it for ever.
-  wait -n "${pids[@]}" || status=$?
+  # Whichever ends first: one that failed leaves the others waiting for it for ever. What bash says
+  # of those that were waited for already is nobody's concern.
+  wait -n "${pids[@]}" 2>/dev/null || status=$?
   if [ "$status" -ne 0 ]; then
     end_all
+    (sleep "${LOCAL_POD_GRACE_SECONDS:-20}" && kill -KILL "${pids[@]}") >/dev/null 2>&1 &
+    killer=$!
     break
   fi
 done
 for pid in "${pids[@]}"; do wait "$pid" || true; done
+if [ -n "${killer:-}" ]; then kill "$killer" 2>/dev/null || true; fi
 wait "$follower" || true
 if [ "$status" -ne 0 ]; then
   echo "local_pod: a process ended with status $status; all logs are in $logs" >&2

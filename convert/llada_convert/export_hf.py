@@ -133,8 +133,9 @@ def write_checkpoint(
     if len(shards) > 1:
         _write_index(folder, shards, total)
     hf_config = checkpoint.published_config(reader.cfg, dtypes["embed.kernel"].name)
-    # dFactory tells its merged checkpoints by this name.
-    if layout == "merged":
+    # dFactory tells its merged checkpoints by this name. A parent keeps its own: under this one it
+    # would pass for a diffusion model.
+    if layout == "merged" and not reader.cfg.is_autoregressive:
         hf_config["model_type"] = "llada2_moe_veomni"
     elif hf_config["model_type"] == "llada2_moe_veomni":
         hf_config["model_type"] = "llada2_moe"

@@ -113,7 +113,6 @@ class Stepper:
                 bad_step=options.BadStepOptions(),
                 accumulation=1,
                 dtype=self.cfg.dtype,
-                experts_per_token=self.cfg.num_experts_per_tok,
             ),
             has_embedding_noise=False,
         )

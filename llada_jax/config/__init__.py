@@ -2,13 +2,14 @@
 
 from llada_jax.config.data import DataConfig, PackingConfig, SourceConfig
 from llada_jax.config.mesh import MeshConfig
-from llada_jax.config.model import DTYPES, ModelConfig
+from llada_jax.config.model import DTYPES, SPECIAL_ID_FIELDS, ModelConfig
 from llada_jax.config.presets import PRESETS
 from llada_jax.config.rope import RopeScaling
 
 __all__ = [
     "DTYPES",
     "PRESETS",
+    "SPECIAL_ID_FIELDS",
     "DataConfig",
     "MeshConfig",
     "ModelConfig",

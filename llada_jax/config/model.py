@@ -11,6 +11,15 @@ from llada_jax.config import presets, rope
 # checkpoints with merged experts, and dllm's for its copy of LLaDA2.1.
 MODEL_TYPES = ("llada2_moe", "llada2_moe_veomni", "llada21_moe")
 
+# The autoregressive models that LLaDA2 is converted from, Ling and Ring 2.0: the same network and
+# tensors (their public modeling_bailing_moe_v2.py), a causal mask, and no mask token. Some of their
+# configs carry the model type of the first Ling, another network, so the class decides there.
+PARENT_MODEL_TYPES = ("bailing_moe_v2",)
+PARENT_ARCHITECTURE, PARENT_SHARED_MODEL_TYPE = "BailingMoeV2ForCausalLM", "bailing_moe"
+
+# What a checkpoint's architecture does not say: which ids its vocabulary gives these parts.
+SPECIAL_ID_FIELDS = ("mask_token_id", "eos_token_ids", "pad_token_id")
+
 # Keys without which a config is refused. The reference's own defaults for these (biases on,
 # rope_theta 10000, vocab_size 30592, ...) belong to no published checkpoint.
 ESSENTIAL_KEYS = (
@@ -209,9 +218,22 @@ class ModelConfig:
         """Channels of each head that are rotated."""
         return int(self.head_dim * self.partial_rotary_factor)
 
+    @property
+    def is_autoregressive(self) -> bool:
+        """Whether the config.json names an autoregressive parent: it was never trained on masks."""
+        return _is_parent(json.loads(self.hf_json))
+
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, checked again."""
         return dataclasses.replace(self, **changes)
+
+    def as_llada2(self) -> Self:
+        """The same network, whose config.json will name LLaDA2 where it named a parent.
+
+        Nothing else of a parent's config.json is kept: it names code that computes causal
+        attention (`auto_map`).
+        """
+        return self.replace(hf_json="{}") if self.is_autoregressive else self
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
@@ -224,12 +246,10 @@ class ModelConfig:
           ValueError: an essential key is missing, two keys contradict each other, or a key has a
             value that names something unsupported. The message starts with the key's name.
         """
-        model_type = config.get("model_type")
-        if model_type not in MODEL_TYPES:
-            raise ValueError(
-                f"model_type: {model_type!r} is not supported; this library reads {MODEL_TYPES}"
-            )
+        _check_model_type(config)
         missing = [key for key in ESSENTIAL_KEYS if key not in config]
+        if _is_parent(config) and "use_qk_norm" not in config:
+            missing.append("use_qk_norm")  # off by default there, on by default in LLaDA2
         if "partial_rotary_factor" not in config and "rotary_dim" not in config:
             missing.append("partial_rotary_factor")
         if missing:
@@ -242,6 +262,12 @@ class ModelConfig:
                 raise ValueError(
                     f"{key}: {config[key]!r} is not supported; expected one of {allowed}"
                 )
+        if config.get("num_nextn_predict_layers"):
+            raise ValueError(
+                f"num_nextn_predict_layers: {config['num_nextn_predict_layers']!r} layers that "
+                "predict tokens further on (MTP) are not supported, and LLaDA2 has none; take the "
+                "checkpoint without them, or remove their tensors and set this key to 0"
+            )
         heads = config["num_attention_heads"]
         head_dim = config.get("head_dim")
         if head_dim is None:
@@ -333,6 +359,26 @@ class ModelConfig:
         if name not in presets.PRESETS:
             raise ValueError(f"preset {name!r} is not one of {sorted(presets.PRESETS)}")
         return cls.from_hf({**presets.HF_CONSTANTS, **presets.PRESETS[name]})
+
+
+def _is_parent(config: Mapping[str, Any]) -> bool:
+    model_type, architectures = config.get("model_type"), config.get("architectures")
+    return model_type in PARENT_MODEL_TYPES or (
+        model_type == PARENT_SHARED_MODEL_TYPE and architectures == [PARENT_ARCHITECTURE]
+    )
+
+
+def _check_model_type(config: Mapping[str, Any]) -> None:
+    model_type = config.get("model_type")
+    if model_type in MODEL_TYPES or _is_parent(config):
+        return
+    known = f"this library reads {MODEL_TYPES + PARENT_MODEL_TYPES}"
+    if model_type == PARENT_SHARED_MODEL_TYPE:
+        raise ValueError(
+            f"model_type: {model_type!r} is supported for architectures [{PARENT_ARCHITECTURE!r}] "
+            f"only, this config has {config.get('architectures')!r}; {known}"
+        )
+    raise ValueError(f"model_type: {model_type!r} is not supported; {known}")
 
 
 def _boolean(config: Mapping[str, Any], key: str) -> bool:

@@ -1,6 +1,8 @@
 """Sends tokens to their experts and sums what comes back, over a mesh, in one of several ways.
 
-Dropless: every token reaches each of its experts, whatever the load.
+Dropless: every token reaches each of its experts, whatever the load. Buffers have fixed sizes, and
+what does not fit takes further rounds or windows, whose number comes from the data. So there is
+nothing to count; tests send all tokens to one expert, forward and backward.
 
     replicated     every device of the `expert` axis sees the same tokens, computes its experts'
                    share, and the shares are summed: for the small batches of decoding

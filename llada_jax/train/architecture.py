@@ -10,10 +10,16 @@ from llada_jax.train import options
 
 
 def model_config(opts: options.ModelOptions) -> config.ModelConfig:
-    """The architecture that a run trains, as its options give it."""
+    """The architecture that a run trains, as its options give it.
+
+    An autoregressive parent becomes LLaDA2: checkpoints of the run are no longer the parent's.
+
+    Raises:
+      ValueError: an override is unknown, or contradicts the mask that `init_from` was trained with.
+    """
     if opts.init_from is not None:
-        return checkpoint.load_config(opts.init_from)
-    if opts.config_file is not None:
+        cfg = checkpoint.load_config(opts.init_from)
+    elif opts.config_file is not None:
         path = pathlib.Path(opts.config_file)
         cfg = config.ModelConfig.from_hf(checkpoint.read_json(path))
     else:
@@ -24,7 +30,14 @@ def model_config(opts: options.ModelOptions) -> config.ModelConfig:
     unknown = set(overrides) - {field.name for field in dataclasses.fields(cfg)}
     if unknown:
         raise ValueError(f"model.overrides: {sorted(unknown)} are no fields of ModelConfig")
-    return cfg.replace(**overrides)
+    if opts.init_from is not None and cfg.mask_token_id is not None:
+        given = overrides.get("mask_token_id", cfg.mask_token_id)
+        if given != cfg.mask_token_id:
+            raise ValueError(
+                f"model.overrides.mask_token_id: {given}, but {opts.init_from} was trained with "
+                f"{cfg.mask_token_id}; leave it out"
+            )
+    return cfg.as_llada2().replace(**overrides)
 
 
 def tokenizer_folder(opts: options.ModelOptions) -> str | None:
@@ -47,7 +60,8 @@ def with_tokenizer(
     if cfg.mask_token_id is None:
         raise ValueError(
             "mask_token_id: neither the model's config nor a tokenizer names the mask; set "
-            "model.overrides.mask_token_id or model.tokenizer"
+            "model.overrides.mask_token_id to an id that no text uses, or model.tokenizer to a "
+            "tokenizer that has a mask"
         )
     return cfg, tokenizer
 

@@ -107,7 +107,6 @@ class _Run:
             bad_step=cfg.bad_step,
             accumulation=cfg.accumulation,
             dtype=cfg.compute.dtype,
-            experts_per_token=self.model_cfg.num_experts_per_tok,
         )
         self.compiled: Any = jax.jit(
             functools.partial(

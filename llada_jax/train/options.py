@@ -27,7 +27,8 @@ class ModelOptions:
         earlier run, or a Hugging Face checkpoint.
       preset: name of a published architecture, see `config.PRESETS`; weights are drawn afresh.
       config_file: a published config.json; weights are drawn afresh.
-      overrides: fields of `ModelConfig` that differ from the preset or the file.
+      overrides: fields of `ModelConfig` that differ from the preset or the file. With `init_from`
+        only the ids of special tokens, which weights do not tell: `config.SPECIAL_ID_FIELDS`.
       tokenizer: directory of the tokenizer that goes along with checkpoints; by default that of
         `init_from`.
     """
@@ -44,8 +45,12 @@ class ModelOptions:
             raise ValueError(
                 f"model: {given or 'none'} of init_from, preset and config_file given; give one"
             )
-        if self.init_from is not None and self.overrides:
-            raise ValueError("model.overrides: weights of init_from fix the architecture")
+        fixed = set(self.overrides) - set(config.SPECIAL_ID_FIELDS)
+        if self.init_from is not None and fixed:
+            raise ValueError(
+                f"model.overrides: weights of init_from fix {sorted(fixed)}; beside them only "
+                f"{config.SPECIAL_ID_FIELDS} may be given"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

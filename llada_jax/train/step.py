@@ -37,7 +37,6 @@ class StepOptions:
       bad_step: when an update is left out.
       accumulation: parts a batch is computed in.
       dtype: of the computation.
-      experts_per_token: choices that a token makes in each layer of experts.
     """
 
     loss: options.LossOptions
@@ -45,7 +44,6 @@ class StepOptions:
     bad_step: options.BadStepOptions
     accumulation: int
     dtype: str
-    experts_per_token: int
 
 
 @struct.dataclass
@@ -217,12 +215,11 @@ def balanced_bias(rest: Any, load: Int[Array, "L E"], rate: float) -> Any:
     return jax.tree.map(lambda bias: bias + change.astype(bias.dtype), rest)
 
 
-def load_metrics(load: Int[Array, "L E"], num_choices: Int[Array, ""]) -> dict[str, Array]:
+def load_metrics(load: Int[Array, "L E"]) -> dict[str, Array]:
     """How evenly the experts are used, the worst layer of each.
 
-    Args:
-      load: choices of each expert.
-      num_choices: choices that the real tokens of a layer should make; what is missing was dropped.
+    These are choices of the router. None of them is dropped on the way: `ops.expert_parallel` takes
+    as many rounds as a load asks for.
     """
     share = load.astype(jnp.float32)
     mean = jnp.maximum(share.mean(axis=-1), 1e-9)
@@ -231,7 +228,6 @@ def load_metrics(load: Int[Array, "L E"], num_choices: Int[Array, ""]) -> dict[s
         "router/min_over_mean_load": jnp.min(share.min(axis=-1) / mean),
         "router/largest_share": jnp.max(share.max(axis=-1) / jnp.maximum(share.sum(axis=-1), 1.0)),
         "router/dead_experts": jnp.sum(load == 0),
-        "router/dropped_choices": jnp.max(num_choices - load.sum(axis=-1)),
         "router/load": load,
     }
 
@@ -322,8 +318,7 @@ def train_step(
         "train/update_norm": optax.tree.norm(updates),
     }
     if terms.load.size:
-        num_real = jnp.sum(noised.tags.segment != 0, dtype=jnp.int32)
-        metrics |= load_metrics(terms.load, num_real * opts.experts_per_token)
+        metrics |= load_metrics(terms.load)
     new = state_lib.TrainState(
         step=state.step + 1,
         params=params,

@@ -68,6 +68,60 @@ def test_a_config_made_by_hand_can_be_published():
     assert again.replace(hf_json="{}") == by_hand
 
 
+def parent(**changes) -> dict:
+    """The config of an autoregressive parent: no mask, keys and code of its own."""
+    own = {
+        "model_type": "bailing_moe_v2",
+        "architectures": ["BailingMoeV2ForCausalLM"],
+        "auto_map": {"AutoModelForCausalLM": "modeling_bailing_moe_v2.BailingMoeV2ForCausalLM"},
+        "mask_token_id": ...,
+        "use_qk_norm": True,
+        "num_nextn_predict_layers": 0,
+        "mtp_loss_scaling_factor": 0,
+    }
+    return changed(**(own | changes))
+
+
+@pytest.mark.parametrize("model_type", ["bailing_moe_v2", "bailing_moe"])
+def test_a_parent_is_read_and_comes_back_as_it_was(model_type):
+    cfg = config.ModelConfig.from_hf(parent(model_type=model_type))
+    assert cfg.is_autoregressive
+    assert cfg.mask_token_id is None
+    assert cfg.to_hf() == parent(model_type=model_type)
+    wanted = config.ModelConfig.from_hf(changed(mask_token_id=...))
+    assert not wanted.is_autoregressive
+    assert cfg.replace(hf_json="{}") == wanted.replace(hf_json="{}")
+
+
+def test_a_parent_becomes_a_llada2_and_leaves_its_code_behind():
+    cfg = config.ModelConfig.from_hf(parent()).as_llada2().replace(mask_token_id=156895)
+    assert not cfg.is_autoregressive
+    # The reference does not read rotary_dim, which says what partial_rotary_factor says.
+    assert cfg.to_hf() == changed(use_qk_norm=True, rotary_dim=...)
+    published = config.ModelConfig.from_hf(changed(auto_map={"AutoModel": "x.Y"}))
+    assert published.as_llada2() is published
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("num_nextn_predict_layers: 1 layers that", {"num_nextn_predict_layers": 1}),
+        ("use_qk_norm: missing", {"use_qk_norm": ...}),
+        ("score_function", {"score_function": "softmax"}),
+        # Another network under the same model type: the first Ling.
+        (
+            "model_type.*'BailingMoeForCausalLM'",
+            {"model_type": "bailing_moe", "architectures": ["BailingMoeForCausalLM"]},
+        ),
+        ("model_type.*None", {"model_type": "bailing_moe", "architectures": ...}),
+        ("model_type", {"model_type": "bailing_moe_linear"}),
+    ],
+)
+def test_what_a_parent_has_beyond_llada2_is_refused_by_name(field, changes):
+    with pytest.raises(ValueError, match=f"^{field}"):
+        config.ModelConfig.from_hf(parent(**changes))
+
+
 @pytest.mark.parametrize("key", model_config.ESSENTIAL_KEYS)
 def test_an_essential_key_that_is_missing_is_named(key):
     with pytest.raises(ValueError, match=f"^{key}: missing"):

@@ -79,3 +79,20 @@ def edit_config(directory: pathlib.Path, **changes) -> None:
     """Changes keys of a config.json."""
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def as_parent(directory: pathlib.Path) -> pathlib.Path:
+    """Makes a checkpoint one of an autoregressive parent, which names no mask; returns it."""
+    path = directory / "config.json"
+    raw = json.loads(path.read_text())
+    del raw["mask_token_id"]
+    own = {
+        "model_type": "bailing_moe_v2",
+        "architectures": ["BailingMoeV2ForCausalLM"],
+        "auto_map": {"AutoModelForCausalLM": "modeling_bailing_moe_v2.BailingMoeV2ForCausalLM"},
+        "use_qk_norm": True,
+        "num_nextn_predict_layers": 0,
+    }
+    path.write_text(json.dumps(raw | own))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": 1}))
+    return directory

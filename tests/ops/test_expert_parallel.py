@@ -40,13 +40,18 @@ AXES = {
 }
 
 
+# Choices of a token, by how they fall: most to two groups; all tokens' to one expert; all tokens'
+# to the same few, which four of eight devices hold.
+LOADS = {"skewed": CHOICES, "one_expert": 1, "few_experts": CHOICES}
+
+
 @functools.cache
-def inputs():
+def inputs(load="skewed"):
     """Arrays by name, choices limited to groups, and what multiplies the output in the loss."""
     rng = np.random.default_rng(5)
     shapes = {
         "x": (BATCH, LENGTH, EMBED),
-        "weights": (BATCH, LENGTH, CHOICES),
+        "weights": (BATCH, LENGTH, LOADS[load]),
         "gate": (EXPERTS, EMBED, INNER),
         "up": (EXPERTS, EMBED, INNER),
         "down": (EXPERTS, INNER, EMBED),
@@ -59,13 +64,15 @@ def inputs():
     scores[..., 15] = -1
     is_kept = (np.arange(EXPERTS) // 2 == groups[..., None]).any(axis=-2)
     indices = np.argsort(-np.where(is_kept, scores, -2), axis=-1)[..., :CHOICES].astype(np.int32)
+    if load != "skewed":
+        indices = np.broadcast_to(5 + np.arange(LOADS[load], dtype=np.int32), shapes["weights"])
     return arrays, indices, rng.standard_normal((BATCH, LENGTH, EMBED)).astype(np.float32)
 
 
 @functools.cache
-def wanted():
+def wanted(load="skewed"):
     """Loss and gradients by a loop over all experts on all tokens, weighted by who chose them."""
-    arrays, indices, cotangent = inputs()
+    arrays, indices, cotangent = inputs(load)
 
     def loss(a):
         chosen = indices[..., None] == np.arange(EXPERTS)
@@ -80,8 +87,8 @@ def wanted():
         return jax.jit(jax.value_and_grad(loss))(arrays)
 
 
-def loss_and_gradients(mesh, rules, dispatch):
-    arrays, indices, cotangent = inputs()
+def loss_and_gradients(mesh, rules, dispatch, load="skewed"):
+    arrays, indices, cotangent = inputs(load)
     mesh = sharding.make_mesh(MESHES[mesh])
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
 
@@ -120,12 +127,24 @@ CASES = [
 )
 def test_outputs_and_gradients_equal_a_loop_over_experts(algorithm, mesh, rules):
     dispatch = dataclasses.replace(TIGHT, algorithm=algorithm)
-    value, gradients = loss_and_gradients(mesh, rules, dispatch)
-    np.testing.assert_allclose(value, wanted()[0], atol=1e-3, rtol=1e-5)
+    check(loss_and_gradients(mesh, rules, dispatch), wanted(), rules)
     assert not np.asarray(wanted()[1]["gate"])[15].any()
-    for name, gradient in gradients.items():
-        np.testing.assert_allclose(gradient, wanted()[1][name], atol=2e-4, rtol=1e-4, err_msg=name)
+
+
+def check(found, wanted, rules):
+    np.testing.assert_allclose(found[0], wanted[0], atol=1e-3, rtol=1e-5)
+    for name, gradient in found[1].items():
+        np.testing.assert_allclose(gradient, wanted[1][name], atol=2e-4, rtol=1e-4, err_msg=name)
         assert gradient.sharding.spec == rules.spec(*AXES[name])
+
+
+@pytest.mark.parametrize("load", ["one_expert", "few_experts"])
+@pytest.mark.parametrize("algorithm", expert_parallel.ALGORITHMS[:4])
+def test_nothing_is_lost_where_all_tokens_go_to_the_same_experts(algorithm, load):
+    rules = ALIKE if algorithm == "replicated" else SPLIT
+    # Rows of "ragged_dot" are not aligned, so that buffers have no room to spare.
+    dispatch = dataclasses.replace(TIGHT, algorithm=algorithm, implementation="ragged_dot")
+    check(loss_and_gradients("1181", rules, dispatch, load), wanted(load), rules)
 
 
 @pytest.mark.parametrize("per_choice", [True, False])

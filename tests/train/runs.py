@@ -164,7 +164,6 @@ def step_options(**changes):
         "bad_step": options.BadStepOptions(),
         "accumulation": 1,
         "dtype": "float32",
-        "experts_per_token": MODEL.num_experts_per_tok,
     }
     return step_lib.StepOptions(**(defaults | changes))
 

@@ -1,60 +1,107 @@
-"""Runs of several processes equal those of one, with the same data."""
+"""Runs of several processes equal that of one, also where one of them is killed on the way."""
 
+import functools
 import os
-import pathlib
+import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 
-from llada_jax.train import metrics
-from tests.train import kill_many
+from llada_jax.train import loop, metrics, options
+from tests.train import kill_many, pods, runs
 
-ROOT = pathlib.Path(__file__).parents[2]
-DEVICES = 4
+STEPS = 5
+# AdamW's first steps are signs of gradients: rounding shows where one is nearly 0.
+ROUNDING = 5e-4
 
 
-def run(folder, config, name, *, processes):
-    """A run of that many processes, four devices together."""
-    workdir = folder / name
-    command = [str(ROOT / "launch/local_pod.sh"), str(processes), str(DEVICES // processes)]
-    command += [sys.executable, "-m", "llada_jax.cli.train"]
-    command += [f"--config={config}", f"--workdir={workdir}"]
-    env = os.environ | {
-        "XLA_FLAGS": kill_many.QUICK_COMPILES,
-        "LOCAL_POD_LOGS": str(folder / f"{name}_logs"),
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def changes():
+    """One objective and one layer: every process compiles for itself."""
+    phase = {"name": "whole", "objective": "masked_diffusion", "steps": STEPS}
+    overrides = runs.run_config("")["model"]["overrides"]
+    overrides |= {"num_hidden_layers": 1, "first_k_dense_replace": 0}
+    return {
+        "mesh": {"data": 2, "fsdp": 2, "expert": 2},
+        "model": {"preset": "tiny", "overrides": overrides},
+        "phases": [phase | {"learning_rate": {"peak": 3e-3, "kind": "constant"}}],
+        "compute": {"dtype": "float32", "remat": "none", "attention": "dense"},
+        "checkpoint": {"every_steps": 1, "keep_last": 2},
     }
-    done = subprocess.run(
-        command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return workdir
+
+
+@pytest.fixture(scope="module")
+def config(folder, changes):
+    return kill_many.write_config(folder, steps=STEPS, **changes)
+
+
+@pytest.fixture(scope="module")
+def four(folder, config):
+    """An undisturbed run of four processes with two devices each."""
+    return pods.finish(config, folder / "four", processes=4, devices=2)
+
+
+@functools.cache
+def tensors(workdir):
+    return kill_many.final_tensors(workdir, workdir.with_name(f"{workdir.name}_hf"))
+
+
+def assert_near(workdir, other):
+    got = tensors(workdir)
+    for key, wanted in tensors(other).items():
+        np.testing.assert_allclose(got[key], wanted, atol=ROUNDING, err_msg=key)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_train_as_one_does(tmp_path, processes):
-    mesh = {"data": 2, "expert": 2} if processes == 2 else {"data": 2, "fsdp": 2}
-    config = kill_many.write_config(tmp_path, steps=4, mesh=mesh)
-    alone = run(tmp_path, config, "alone", processes=1)
-    several = run(tmp_path, config, "several", processes=processes)
-    pairs = zip(metrics.read_metrics(alone), metrics.read_metrics(several), strict=True)
-    for one, other in pairs:
+def test_four_processes_train_as_one_does(folder, changes, four):
+    cfg = options.from_mapping(runs.run_config(str(folder / "data"), **changes))
+    loop.run(cfg, folder / "alone")
+    found = [metrics.read_metrics(workdir) for workdir in (folder / "alone", four)]
+    for one, other in zip(*found, strict=True):
         for name in ("train/loss", "train/grad_norm", "train/target_tokens", "data/waste"):
             np.testing.assert_allclose(other[name], one[name], rtol=1e-5, err_msg=name)
         assert other["router/load"] == one["router/load"]
-    tensors = [kill_many.final_tensors(w, w.with_name(f"{w.name}_hf")) for w in (alone, several)]
-    for key, wanted in tensors[0].items():
-        # AdamW's first steps are signs of gradients: rounding shows where one is nearly 0.
-        np.testing.assert_allclose(tensors[1][key], wanted, atol=5e-4, err_msg=key)
+    assert_near(four, folder / "alone")
+
+
+@pytest.mark.slow
+def test_after_a_kill_four_go_on_bit_for_bit_and_two_but_for_rounding(folder, config, four):
+    killed = folder / "killed"
+    pod = pods.start(config, killed, processes=4, devices=2)
+    assert pods.kill_one(pod, killed, 2, after=2) == 128 + 9
+    left = kill_many.steps_saved(killed)[-1]
+    assert 2 <= left < STEPS
+    shutil.copytree(killed, folder / "halved")
+
+    pods.finish(config, killed, processes=4, devices=2)
+    pods.finish(config, folder / "halved", processes=2, devices=4)
+    for workdir in (killed, folder / "halved"):
+        log = (pods.logs_of(workdir) / "process_0.log").read_text()
+        assert f"going on from step {left}" in log
+        steps = [line["step"] for line in metrics.read_metrics(workdir)]
+        assert steps == list(range(1, STEPS + 1))
+    got = tensors(killed)
+    for key, wanted in tensors(four).items():
+        assert got[key].tobytes() == wanted.tobytes(), key
+    assert_near(folder / "halved", four)
 
 
 def test_a_process_that_fails_ends_the_others(tmp_path):
     script = tmp_path / "worker.sh"
-    script.write_text('[ "$LLADA_PROCESS_ID" = 1 ] && exit 7\nsleep 60\n')
-    command = [str(ROOT / "launch/local_pod.sh"), "3", "1", "bash", str(script)]
-    env = os.environ | {"LOCAL_POD_LOGS": str(tmp_path / "logs")}
+    # The last one is deaf to SIGTERM.
+    script.write_text(
+        '[ "$LLADA_PROCESS_ID" = 1 ] && exit 7\n'
+        "[ \"$LLADA_PROCESS_ID\" = 2 ] && trap '' TERM\n"
+        "sleep 60\nsleep 60\n"
+    )
+    command = [str(pods.ROOT / "launch/local_pod.sh"), "3", "1", "bash", str(script)]
+    env = os.environ | {"LOCAL_POD_LOGS": str(tmp_path / "logs"), "LOCAL_POD_GRACE_SECONDS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 7
     assert "status 7" in done.stderr

@@ -60,11 +60,6 @@ def test_load_counts_every_choice_of_real_tokens_once(alone):
     real = 8 * (16 + 8) * 2  # rows, tokens of both documents, copies of the text
     choices = real * runs.MODEL.num_experts_per_tok
     assert load.sum(axis=-1).tolist() == [choices] * runs.MODEL.num_moe_layers
-    assert alone[1][0]["router/dropped_choices"] == 0
-    lost = load.copy()
-    lost[0, 3] -= 2
-    found = step_lib.load_metrics(lost, choices)
-    assert found["router/dropped_choices"] == 2
     assert alone[1][0]["router/largest_share"] == pytest.approx(load.max() / choices)
 
 
