@@ -25,8 +25,8 @@ DATA = f"{ROOT}/data"
 BLOCK, ROW = 32, 128
 PEAK = 2e-3
 # Steps of each phase.
-START = {"autoregressive": 1600, "blocks_4": 200, "masked": 1200, "blocks_32": 1400}
-TUNE = 1400
+START = {"autoregressive": 3000, "blocks_4": 300, "masked": 2000, "blocks_32": 2000}
+TUNE = 2500
 
 
 def get_config(choice: str = "start") -> ConfigDict:
@@ -102,10 +102,10 @@ def _run(phases: list[dict], *, model: dict, text_share: float) -> dict:
     shares = {
         "functions.train": text_share * 0.7,
         "sketches.train": text_share * 0.3,
-        "chat": 1 - text_share,
+        "chat.train": 1 - text_share,
     }
     sources = [{"path": f"{DATA}/tokens/{name}", "weight": w} for name, w in shares.items()]
-    heldout = [{"path": f"{DATA}/tokens/functions.dev"}]
+    heldout = [{"path": f"{DATA}/tokens/{name}.dev"} for name in ("functions", "sketches", "chat")]
     return {
         "seed": 0,
         "batch_size": 16,
@@ -119,7 +119,7 @@ def _run(phases: list[dict], *, model: dict, text_share: float) -> dict:
         "compute": {"dtype": "float32", "remat": "none"},
         "checkpoint": {"every_steps": 200, "keep_last": 2},
         "eval": {
-            "data": {"sources": heldout, "packing": packing, "shuffle": False, "num_epochs": 1},
+            "data": {"sources": heldout, "packing": packing, "num_epochs": 1},
             "every_steps": 400,
             "block_lengths": [BLOCK],
             "num_batches": 8,

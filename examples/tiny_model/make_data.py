@@ -5,7 +5,7 @@
     OUT/train.functions.jsonl      library functions, a document each; dev and test beside them
     OUT/train.sketches.jsonl       functions of the grammar under their phrase
     OUT/train.chat.jsonl           requests and answers of all tasks, as messages
-    OUT/dev.items.jsonl            held-out items by task, for choices; test.items.jsonl to report
+    OUT/dev.items.jsonl            the held-out ones by task, to choose by; test.items.jsonl to report
     OUT/tokenizer/                 SentencePiece with the family's control tokens and a template
     OUT/report.json                counts, the Python whose library it is, and a hash of each file
 
@@ -55,9 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             for task in tasks.TASKS
             for item in tasks.items(task, split, count, functions=functions[split], seed=SEED)
         ]
-        if split == "train":
-            write_rows(out / "train.chat.jsonl", map(chat_row, drawn))
-        else:
+        write_rows(out / f"{split}.chat.jsonl", map(chat_row, drawn))
+        if split != "train":
             write_rows(out / f"{split}.items.jsonl", map(vars, drawn))
     make_tokenizer(out)
     report = {
@@ -68,7 +67,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         | {"tokenizer.model": _digest(out / "tokenizer" / "tokenizer.model")},
     }
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report, indent=1))
 
 
 def sketch_text(sketch: sketches.Sketch) -> str:

@@ -68,7 +68,11 @@ RESULTS = {
     "set": ("{{{each}}}", "set()", "result.add({item})"),
     "sum": ("sum({each})", "0", "result += {item}"),
     "number": ("len([{each}])", "0", "result += 1"),
-    "largest": ("max({each})", "None", "result = {item} if result is None else max(result, {item})"),
+    "largest": (
+        "max({each})",
+        "None",
+        "result = {item} if result is None else max(result, {item})",
+    ),
     "smallest": (
         "min({each})",
         "None",
