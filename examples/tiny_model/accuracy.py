@@ -1,6 +1,8 @@
 """Exact match on held-out requests, task by task.
 
-python -m examples.tiny_model.accuracy build/tiny_model/hf
+    python -m examples.tiny_model.accuracy build/tiny_model/hf
+
+An answer is right if it is the item's, to the character.
 """
 
 from collections.abc import Sequence

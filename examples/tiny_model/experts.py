@@ -1,6 +1,8 @@
 """How evenly the experts are used on held-out text and requests.
 
-python -m examples.tiny_model.experts build/tiny_model/hf
+    python -m examples.tiny_model.experts build/tiny_model/hf
+
+Counted while the likelihood bound at the model's block size is computed; padding does not count.
 """
 
 from collections.abc import Sequence

@@ -3,8 +3,8 @@
     python -m examples.tiny_model.likelihood build/tiny_model/hf
 
 The bound is of a document with its end token. The end tokens that fill its last block are predicted
-as well, and their cost is counted, but not they: each can only make the bound worse. With --twin the
-left-to-right model's exact likelihood of the same tokens stands beside it.
+as well, and their cost is counted, but not they: each can only make the bound worse. With --twin
+the left-to-right model's exact likelihood of the same tokens stands beside it.
 """
 
 import argparse

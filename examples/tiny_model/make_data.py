@@ -5,7 +5,7 @@
     OUT/train.functions.jsonl      library functions, a document each; dev and test beside them
     OUT/train.sketches.jsonl       functions of the grammar under their phrase
     OUT/train.chat.jsonl           requests and answers of all tasks, as messages
-    OUT/dev.items.jsonl            the held-out ones by task, to choose by; test.items.jsonl to report
+    OUT/dev.items.jsonl            held-out ones by task, to choose by; test.items.jsonl to report
     OUT/tokenizer/                 SentencePiece with the family's control tokens and a template
     OUT/report.json                counts, the Python whose library it is, and a hash of each file
 

@@ -13,51 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from examples.tiny_model import python_text, sketches
 
 # Words to make lists and pairs of.
-WORDS = [
-    "name",
-    "key",
-    "value",
-    "size",
-    "line",
-    "path",
-    "text",
-    "item",
-    "data",
-    "node",
-    "type",
-    "mode",
-    "file",
-    "code",
-    "list",
-    "text",
-    "word",
-    "table",
-    "index",
-    "count",
-    "start",
-    "end",
-    "left",
-    "right",
-    "first",
-    "last",
-    "next",
-    "level",
-    "color",
-    "width",
-    "height",
-    "title",
-    "label",
-    "point",
-    "group",
-    "state",
-    "event",
-    "token",
-    "parent",
-    "child",
-    "source",
-    "target",
-    "result",
-]
+WORDS = (
+    *("name", "key", "value", "size", "line", "path", "text", "item", "data", "node", "type"),
+    *("mode", "file", "code", "list", "word", "table", "index", "count", "start", "end", "left"),
+    *("right", "first", "last", "next", "level", "color", "width", "height", "title", "label"),
+    *("point", "group", "state", "event", "token", "parent", "child", "source", "target"),
+)
 MAX_LINES, MAX_CHARACTERS = 6, 170
 
 

@@ -4,7 +4,7 @@
 
 Data, tokens, the two runs of `configs/tiny_python.py`, and the export to the published layout in
 bfloat16. It may be stopped at any time: the same command goes on, in the middle of a run from its
-newest checkpoint. With --twin it trains the left-to-right model that the infilling is compared with.
+newest checkpoint. With --twin it trains the left-to-right model that infilling is compared with.
 """
 
 import argparse
