@@ -69,15 +69,20 @@ def prepare(mapping: Mapping[str, Any]) -> None:
         multihost_utils.sync_global_devices("data prepared")
 
 
+def python_library() -> list[pathlib.Path]:
+    """The sources of this Python's standard library, without its tests, in the order of names."""
+    root = pathlib.Path(sysconfig.get_path("stdlib"))
+    found = sorted(root.rglob("*.py"))
+    return [p for p in found if not _NO_LIBRARY & set(p.relative_to(root).parts)]
+
+
 def _files(opts: PrepareOptions) -> list[pathlib.Path]:
     files: list[pathlib.Path] = []
     for name in opts.inputs:
         if name != PYTHON_LIBRARY:
             files.append(pathlib.Path(name))
             continue
-        root = pathlib.Path(sysconfig.get_path("stdlib"))
-        found = sorted(root.rglob("*.py"))
-        files += [p for p in found if not _NO_LIBRARY & set(p.relative_to(root).parts)]
+        files += python_library()
     if opts.max_input_bytes is None:
         return files
     kept, total = [], 0

@@ -1,0 +1,153 @@
+"""The small model that the project ships: short Python functions, and requests about them.
+
+    make train-tiny
+
+runs what it needs, in order: `examples.tiny_model.make_data`, `llada-data`, and
+
+    llada-train --config configs/tiny_python.py:start --workdir build/tiny_model/start
+    llada-train --config configs/tiny_python.py:tune --workdir build/tiny_model/tune
+
+"start" trains from fresh weights: autoregressive, blocks that grow, masked diffusion, blocks of 32.
+"tune" goes on from its model with the requests alone learnt, random tokens to be mended, and the
+confidence-aware term. "twin" is the left-to-right model of the same size that has read as many
+rows, in the same order. `:start,0.1` takes a tenth of the steps.
+
+Hardware: 2 CPU cores.
+"""
+
+import os
+
+from ml_collections import ConfigDict
+
+# Another folder for trials, which leaves the real data and runs alone.
+ROOT = os.environ.get("TINY_MODEL_ROOT", "build/tiny_model")
+DATA = f"{ROOT}/data"
+BLOCK, ROW = 32, 128
+PEAK = 2e-3
+# Steps of each phase.
+START = {"autoregressive": 3000, "blocks_4": 300, "masked": 2000, "blocks_32": 2000}
+TUNE = 2500
+
+
+def get_config(choice: str = "start") -> ConfigDict:
+    """A run by its name; after a comma the share of its steps that is taken."""
+    name, _, scale = choice.partition(",")
+    runs = {"start": _start, "tune": _tune, "twin": _twin}
+    if name not in runs:
+        raise ValueError(f"{name!r} is not one of {', '.join(runs)}")
+    return ConfigDict(runs[name](float(scale or 1)))
+
+
+def _start(scale: float) -> dict:
+    constant = {"kind": "constant", "peak": PEAK}
+    blocks = {"objective": "block_diffusion"}
+    phases = [
+        {"name": "autoregressive", "objective": "autoregressive"},
+        {"name": "blocks_4", "block_length": 4, **blocks},
+        {"name": "masked", "objective": "masked_diffusion"},
+        {"name": "blocks_32", "block_length": BLOCK, **blocks},
+    ]
+    for phase in phases:
+        phase |= {"steps": max(round(START[phase["name"]] * scale), 1), "learning_rate": constant}
+    phases[0]["learning_rate"] = constant | {"warmup_steps": max(round(50 * scale), 1)}
+    phases[-1]["learning_rate"] = {"kind": "linear", "peak": PEAK, "floor": PEAK / 4}
+    return _run(phases, model=_fresh(), text_share=0.5)
+
+
+def _tune(scale: float) -> dict:
+    phase = {
+        "name": "tune",
+        "objective": "block_diffusion",
+        "block_length": BLOCK,
+        "steps": max(round(TUNE * scale), 1),
+        "learning_rate": {
+            "kind": "linear",
+            "peak": PEAK / 2,
+            "floor": PEAK / 100,
+            "warmup_steps": max(round(50 * scale), 1),
+        },
+    }
+    run = _run([phase], model={"init_from": f"{ROOT}/start/model"}, text_share=0.2)
+    # Levels above the lowest, all of a row's masks weighing the same, as public fine-tuning does.
+    run["noise"] = {
+        "low": 0.2,
+        "weighting": "uniform",
+        "normalize_by": "masked",
+        "replace_rate": 0.3,
+        "keep_weight": 0.2,
+    }
+    run["loss"] = {"cap_weight": 0.5}
+    run["seed"] = run["data"]["seed"] = 1
+    return run
+
+
+def _twin(scale: float) -> dict:
+    run = _start(scale)
+    steps = sum(phase["steps"] for phase in run["phases"])
+    fall = run["phases"][-1]["steps"]
+    rate = run["phases"][0]["learning_rate"]
+    run["phases"] = [
+        {
+            "name": "autoregressive",
+            "objective": "autoregressive",
+            "steps": steps,
+            "learning_rate": rate | {"kind": "wsd", "floor": PEAK / 4, "decay_steps": fall},
+        }
+    ]
+    return run
+
+
+def _run(phases: list[dict], *, model: dict, text_share: float) -> dict:
+    packing = {"row_length": ROW, "block_length": BLOCK, "long_documents": "drop"}
+    shares = {
+        "functions.train": text_share * 0.7,
+        "sketches.train": text_share * 0.3,
+        "chat.train": 1 - text_share,
+    }
+    sources = [{"path": f"{DATA}/tokens/{name}", "weight": w} for name, w in shares.items()]
+    heldout = [{"path": f"{DATA}/tokens/{name}.dev"} for name in ("functions", "sketches", "chat")]
+    return {
+        "seed": 0,
+        "batch_size": 16,
+        "model": model | {"tokenizer": f"{DATA}/tokenizer"},
+        "data": {"sources": sources, "packing": packing, "seed": 0},
+        "phases": phases,
+        "noise": {"low": 0.1},
+        "optimizer": {"b2": 0.98, "weight_decay": 0.05},
+        "router": {"bias_update_rate": 1e-3},
+        "mesh": {"data": 2},
+        "compute": {"dtype": "float32", "remat": "none"},
+        "checkpoint": {"every_steps": 200, "keep_last": 2},
+        "eval": {
+            "data": {"sources": heldout, "packing": packing, "num_epochs": 1},
+            "every_steps": 400,
+            "block_lengths": [BLOCK],
+            "num_batches": 8,
+            "prompts": ["def is_", "# the sum of"],
+            "sample_tokens": 64,
+        },
+        "log": {"every_steps": 20},
+    }
+
+
+def _fresh() -> dict:
+    return {
+        "preset": "tiny",
+        "overrides": {
+            "vocab_size": 1536,
+            "pad_token_id": 1,
+            "eos_token_ids": [1],
+            "mask_token_id": 2,
+            "hidden_size": 192,
+            "intermediate_size": 512,
+            "num_hidden_layers": 5,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "num_experts": 16,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 96,
+            "block_size": BLOCK,
+            "initializer_range": 0.05,
+        },
+    }

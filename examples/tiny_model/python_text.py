@@ -1,0 +1,75 @@
+"""Short functions of the Python standard library, each in one normal form.
+
+A function is taken whole, without its docstring, and written by `ast.unparse`: no comments, one way
+to lay code out. So what is left to learn is what the code does. Files are held out, not functions,
+since functions of one file resemble each other.
+"""
+
+import ast
+import hashlib
+import pathlib
+from collections.abc import Iterator, Sequence
+
+SPLITS = ("train", "dev", "test")
+# Of the files, what each held-out split gets.
+HELDOUT_SHARE = 0.05
+MAX_CHARACTERS = 300
+
+
+def split_of(key: str, share: float = HELDOUT_SHARE) -> str:
+    """The split of whatever has this key: the same on every machine and in every run.
+
+    Args:
+      key: text that names the item.
+      share: of all keys, that go to "dev", and again to "test".
+    """
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    place = int.from_bytes(digest, "big") / 2**64
+    return "test" if place < share else "dev" if place < 2 * share else "train"
+
+
+def functions_by_split(
+    files: Sequence[pathlib.Path], root: pathlib.Path
+) -> dict[str, list[tuple[str, str]]]:
+    """Functions as (text, file); none of the training text is in a held-out split as well.
+
+    Args:
+      files: Python sources; one that this Python cannot parse is left out.
+      root: folder that the files' names, and so their splits, are relative to.
+    """
+    found: dict[str, dict[str, str]] = {split: {} for split in SPLITS}
+    for path in files:
+        name = path.relative_to(root).as_posix()
+        for text in functions(path.read_bytes()):
+            found[split_of(name)].setdefault(text, name)
+    for earlier, later in (("dev", "train"), ("test", "train"), ("test", "dev")):
+        for text in found[earlier]:
+            found[later].pop(text, None)
+    return {split: list(texts.items()) for split, texts in found.items()}
+
+
+def functions(source: bytes, max_characters: int = MAX_CHARACTERS) -> Iterator[str]:
+    """The functions and methods in a file, nested ones apart, that are short enough."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):  # Some files are there to be wrong.
+        return
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        if ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:]
+        if not node.body:
+            continue
+        text = ast.unparse(node)
+        if len(text) <= max_characters and text.isascii():
+            yield text
+
+
+def parses(text: str) -> bool:
+    """Whether a text is Python."""
+    try:
+        ast.parse(text)
+    except (SyntaxError, ValueError):
+        return False
+    return True

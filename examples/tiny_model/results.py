@@ -1,0 +1,86 @@
+"""What the measuring commands share: their flags, and the files that a result becomes."""
+
+import argparse
+import json
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llada_jax.generate import generator
+
+Draw = Callable[[Any], None]
+
+
+def flags(doc: str | None, name: str) -> argparse.ArgumentParser:
+    """Flags of a command whose results are called `name`."""
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    parser.add_argument("model", type=pathlib.Path, help="model directory or Hugging Face one")
+    parser.add_argument("--data", type=pathlib.Path, default=pathlib.Path("build/tiny_model/data"))
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/tiny_model") / name)
+    parser.add_argument("--split", choices=("dev", "test"), default="test")
+    return parser
+
+
+def load(args: argparse.Namespace, folder: pathlib.Path | None = None) -> generator.Generator:
+    """The model that is measured, in float32 as it was trained."""
+    return generator.Generator.from_pretrained(folder or args.model, dtype="float32", max_batch=64)
+
+
+def write(
+    args: argparse.Namespace,
+    figures: dict[str, Any],
+    *,
+    header: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    draw: Draw,
+) -> None:
+    """Writes OUT.json and OUT.png, and OUT.md with the table, which is printed too.
+
+    Args:
+      args: with `model` and `out`.
+      figures: everything measured.
+      header: of the table.
+      rows: of the table.
+      draw: draws on the axes of the picture.
+    """
+    out: pathlib.Path = args.out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    found = {"model": args.model.name, "split": args.split} | figures
+    out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    table = markdown(header, rows)
+    out.with_suffix(".md").write_text(table + "\n")
+    print(table)
+    _picture(out.with_suffix(".png"), draw)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def interval(successes: int, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share."""
+    z, share = 1.959964, successes / count
+    middle = share + z * z / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    return (middle - spread) / scale, (middle + spread) / scale
+
+
+def percent(share: float) -> str:
+    """A share as text."""
+    return f"{100 * share:.1f} %"
+
+
+def _picture(path: pathlib.Path, draw: Draw) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.5))
+    draw(axes)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, metadata={"Software": None})

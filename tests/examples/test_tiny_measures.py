@@ -1,0 +1,138 @@
+"""The measuring commands of the small model, against what can be worked out by hand."""
+
+import math
+import types
+
+import ml_collections
+import numpy as np
+import pytest
+
+from configs import tiny_python
+from examples.tiny_model import infill, ngram, repair, results
+from llada_jax.diffusion import unmask
+from llada_jax.train import options
+
+VOCAB, SIZE, MASK, PAD = 12, 4, 10, 11
+
+
+@pytest.mark.parametrize("choice", ["start", "tune", "twin", "start,0.01"])
+def test_every_run_of_the_config_is_one(choice):
+    config = tiny_python.get_config(choice)
+    assert isinstance(config, ml_collections.ConfigDict)
+    cfg = options.from_mapping(config.to_dict())
+    assert cfg.phases
+
+
+def test_the_twin_takes_as_many_steps_as_the_first_run():
+    def steps(choice: str) -> int:
+        return options.from_mapping(tiny_python.get_config(choice).to_dict()).num_steps
+
+    assert steps("twin") == steps("start")
+    with pytest.raises(ValueError, match="not one of start, tune, twin"):
+        tiny_python.get_config("other")
+
+
+def documents(rng: np.random.Generator, count: int) -> list[list[int]]:
+    """A token, then the next higher one, with a fifth of noise."""
+    found = []
+    for _ in range(count):
+        tokens = [int(rng.integers(VOCAB))]
+        for _ in range(20):
+            is_noise = rng.random() < 0.2
+            tokens.append(int(rng.integers(VOCAB)) if is_noise else (tokens[-1] + 1) % VOCAB)
+        found.append(tokens)
+    return found
+
+
+def test_trigrams_are_a_distribution():
+    rng = np.random.default_rng(0)
+    model = ngram.Trigram(documents(rng, 20), documents(rng, 5), vocab_size=VOCAB, start=VOCAB)
+    for context in ([3, 4], [VOCAB - 1, 0], [5, 5]):
+        total = 0.0
+        for token in range(VOCAB):
+            whole = 3 * model.nats_per_token([[*context, token]])
+            total += math.exp(-(whole - 2 * model.nats_per_token([context])))
+        assert total == pytest.approx(1, abs=1e-6)
+
+
+def test_trigrams_come_near_the_entropy_of_their_text():
+    rng = np.random.default_rng(1)
+    model = ngram.Trigram(documents(rng, 600), documents(rng, 50), vocab_size=VOCAB, start=VOCAB)
+    right = 0.8 + 0.2 / VOCAB
+    rate = -right * math.log(right) - (1 - right) * math.log(0.2 / VOCAB)
+    entropy = (20 * rate + math.log(VOCAB)) / 21
+    found = model.nats_per_token(documents(rng, 200))
+    assert entropy - 0.02 < found < entropy + 0.05
+    assert found < math.log(VOCAB)
+
+
+class Oracle:
+    """A generator whose logits are those of one text, which it is sure of but for some places."""
+
+    config = types.SimpleNamespace(block_size=SIZE, pad_token_id=PAD, mask_token_id=MASK)
+
+    def __init__(self, truth, confidence: float):
+        self.truth, self.confidence = np.asarray(truth), confidence
+
+    def logits(self, tokens):
+        length = tokens.shape[1]
+        rest = math.log((1 - self.confidence) / (VOCAB - 1))
+        out = np.full((len(tokens), length, VOCAB), rest, np.float32)
+        for i in range(length):
+            out[:, i, self.truth[i]] = math.log(self.confidence)
+        return out
+
+
+TRUTH = [1, 2, 3, 4, 5, 6, 7, 8]
+WRONG = [1, 9, 3, 4, 5, 6, 0, 8]
+
+
+def mended(confidence: float, preset, is_open=(False, *[True] * 7)) -> list[int]:
+    oracle = Oracle(TRUTH, confidence)
+    (found,) = repair.mend(oracle, [np.array(WRONG)], [list(is_open)], preset)
+    return found.tolist()
+
+
+def test_a_model_that_is_sure_mends_everything():
+    assert mended(0.9, unmask.JointThreshold.quality()) == TRUTH
+    assert mended(0.9, unmask.JointThreshold.speed()) == TRUTH
+
+
+def test_quality_leaves_what_the_model_is_unsure_of():
+    assert mended(0.4, unmask.JointThreshold.quality()) == WRONG
+    assert mended(0.4, unmask.JointThreshold.speed()) == TRUTH
+
+
+def test_only_open_places_are_edited():
+    is_open = [True, True, True, True, False, False, False, False]
+    assert mended(0.9, unmask.JointThreshold.quality(), is_open) == [*TRUTH[:4], *WRONG[4:]]
+
+
+def test_gaps_lie_inside_a_block_and_its_code():
+    tokenizer = types.SimpleNamespace(encode=lambda text: list(range(1, 1 + len(text))))
+    cfg = types.SimpleNamespace(block_size=8, pad_token_id=0, mask_token_id=99)
+    generator = types.SimpleNamespace(tokenizer=tokenizer, config=cfg)
+    gaps = infill.draw_gaps(generator, ["x" * 21, "y" * 13], 3, 200)
+    assert len({(len(g.tokens), g.first) for g in gaps}) > 10
+    for gap in gaps:
+        assert len(gap.tokens) % 8 == 0
+        assert gap.first // 8 == (gap.first + gap.length) // 8
+        assert 0 not in gap.truth
+        assert gap.filled(gap.truth) == list(gap.tokens)
+
+
+def test_scores_count_gaps_tokens_and_functions():
+    pieces = {1: "def f(x):\n    return ", 2: "x", 3: "y", 4: ")"}
+    decode = lambda ids: "".join(pieces[i] for i in ids)  # noqa: E731
+    generator = types.SimpleNamespace(tokenizer=types.SimpleNamespace(decode=decode))
+    gap = infill.Gap((1, 2), 1, 1)
+    found = infill.score(generator, [gap, gap, gap], [[2], [3], [4]])
+    assert found == pytest.approx({"exact": 1 / 3, "tokens": 1 / 3, "parses": 2 / 3})
+
+
+def test_intervals_hold_the_share_and_shrink():
+    low, high = results.interval(45, 50)
+    assert low < 0.9 < high
+    assert results.interval(450, 500)[0] > low
+    assert results.interval(0, 20)[0] == pytest.approx(0, abs=1e-12)
+    assert results.interval(20, 20)[1] == pytest.approx(1)
