@@ -10,12 +10,11 @@ Bytes are what one device sends along a ring, the fewest that a collective over 
 """
 
 import dataclasses
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import numpy as np
-
-from llada_jax.plan import hlo
+from llada_jax.plan import hlo, replica_groups
 
 KINDS = (
     "all-reduce",
@@ -65,21 +64,16 @@ def collectives(module: hlo.Module, mesh_shape: Mapping[str, int]) -> list[Colle
       mesh_shape: sizes of the mesh's axes, in the order that its devices are numbered in.
     """
     found: list[Collective] = []
-    seen: set[tuple] = set()
+    num_devices = math.prod(mesh_shape.values())
     for computation, i, context in module.walk():
         kind = i.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
-        channel = re.search(r"channel_id=(\d+)", i.attributes)
-        # A collective that is spread over several fusions stands in each of them.
-        key = (channel and channel.group(1), i.shape, context)
-        if channel and key in seen:
-            continue
-        seen.add(key)
-        groups = _groups(i, int(np.prod(list(mesh_shape.values()))))
+        groups = replica_groups.groups_of(i.attributes, num_devices)
         if kind == "all-reduce" and _is_scattered(module, computation, i):
             kind = "reduce-scatter"
-        size = 2 if kind == "collective-permute" else max(len(group) for group in groups)
+        # Groups that cannot be read are taken for the whole mesh, under the axes "?".
+        size = num_devices if groups is None else max(map(len, groups), default=1)
         if size < 2:
             continue
         operands = [module.computations[computation].get(name) for name in i.operands]
@@ -89,7 +83,7 @@ def collectives(module: hlo.Module, mesh_shape: Mapping[str, int]) -> list[Colle
         found.append(
             Collective(
                 kind=kind,
-                axes=axes_of(groups, mesh_shape),
+                axes="?" if groups is None else replica_groups.axes_of(groups, mesh_shape),
                 num_devices=size,
                 count=context.times,
                 operand_bytes=operand_bytes,
@@ -101,33 +95,6 @@ def collectives(module: hlo.Module, mesh_shape: Mapping[str, int]) -> list[Colle
             )
         )
     return found
-
-
-def axes_of(groups: Sequence[Sequence[int]], mesh_shape: Mapping[str, int]) -> str:
-    """The mesh axes that groups of devices run along.
-
-    Args:
-      groups: positions of the devices in the mesh, groups or (source, target) pairs.
-      mesh_shape: sizes of the mesh's axes.
-
-    Returns:
-      Axes joined by "+", or "?" where a group is neither whole along its axes nor a pair.
-    """
-    sizes = tuple(mesh_shape.values())
-    varying: set[str] = set()
-    is_whole = True
-    for group in groups:
-        places = np.stack(np.unravel_index(np.asarray(group), sizes), axis=-1)
-        own = {
-            name
-            for name, column in zip(mesh_shape, places.T, strict=True)
-            if len(set(column.tolist())) > 1
-        }
-        is_whole &= len(group) == int(np.prod([mesh_shape[name] for name in own])) or (
-            len(group) == 2 and len(own) == 1
-        )
-        varying |= own
-    return "+".join(name for name in mesh_shape if name in varying) if is_whole else "?"
 
 
 def _share(kind: str, size: int) -> float:
@@ -145,33 +112,3 @@ def _is_scattered(module: hlo.Module, computation: str, reduce: hlo.Instruction)
         return False
     users = [i for i in module.computations[computation].values() if reduce.name in i.operands]
     return bool(users) and all(i.opcode == "dynamic-slice" for i in users)
-
-
-def _groups(i: hlo.Instruction, num_devices: int) -> list[list[int]]:
-    """Groups of positions, or pairs of a permutation without those that stay."""
-    if "source_target_pairs=" in i.attributes:
-        pairs = _lists(i.attributes, "source_target_pairs")
-        return [pair for pair in pairs if pair[0] != pair[1]] or [[0]]
-    iota = re.search(
-        r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", i.attributes
-    )
-    if iota:
-        shape, dimensions, order = (
-            [int(n) for n in part.split(",")] if part else None for part in iota.groups()
-        )
-        assert shape is not None
-        assert dimensions is not None
-        ids = np.arange(int(np.prod(dimensions))).reshape(dimensions)
-        if order is not None:
-            ids = ids.transpose(order)
-        return ids.reshape(shape).tolist()
-    if "replica_groups={{" in i.attributes:
-        return _lists(i.attributes, "replica_groups")
-    # None written: all devices together.
-    return [list(range(num_devices))]
-
-
-def _lists(attributes: str, name: str) -> list[list[int]]:
-    found = re.search(rf"{name}=\{{((?:\{{[\d,]*\}},?)*)\}}", attributes)
-    inner = re.findall(r"\{([\d,]+)\}", found.group(1)) if found else []
-    return [[int(n) for n in group.split(",")] for group in inner]

@@ -119,6 +119,7 @@ def compile_lowered(lowered: jax.stages.Lowered, compiler_options: Mapping[str, 
         largest = _largest(pathlib.Path(folder))
     stats = program.memory_analysis()
     cost = program.cost_analysis() or {}
+    assert stats is not None  # CPUs and TPUs both give it
     return Compiled(
         seconds=seconds,
         memory=Memory(
@@ -137,9 +138,7 @@ def compile_lowered(lowered: jax.stages.Lowered, compiler_options: Mapping[str, 
 
 def out_of_memory(message: str) -> OutOfMemory | None:
     """Reads the compiler's error; None if it tells of something else."""
-    found = re.search(
-        r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) (?:hbm|HBM)", message
-    )
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) (?:hbm|HBM)", message)
     if found is None:
         return None
     used, used_unit, limit, limit_unit = found.groups()
@@ -153,7 +152,9 @@ def out_of_memory(message: str) -> OutOfMemory | None:
 
 def largest_buffers(report: str, count: int = 10) -> tuple[Buffer, ...]:
     """The largest pieces of temporaries in a "memory-usage-report" dump."""
-    rows = re.findall(r"^\s+\S+\(\s*\d+%\);\s+(\S+);(?:[^;]*;)*?\s+([^;\n]+)$", report, re.MULTILINE)
+    rows = re.findall(
+        r"^\s+\S+\(\s*\d+%\);\s+(\S+);(?:[^;]*;)*?\s+([^;\n]+)$", report, re.MULTILINE
+    )
     return tuple(Buffer(size=size, shapes=shapes.strip()) for size, shapes in rows[:count])
 
 

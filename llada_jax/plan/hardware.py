@@ -1,4 +1,4 @@
-"""TPU chips and slices as the plan sees them: published peaks, and devices without their hardware."""
+"""TPU chips and slices as the plan sees them: published peaks, and devices that are not there."""
 
 import dataclasses
 import os

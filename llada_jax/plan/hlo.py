@@ -114,7 +114,7 @@ class Module:
         self.header = ""
         self._read(text)
         if not self.entry:
-            raise ValueError("the text holds no ENTRY computation; is it the dump of an HLO module?")
+            raise ValueError("the text has no ENTRY computation; is it the dump of an HLO module?")
 
     def _read(self, text: str) -> None:
         current: dict[str, Instruction] | None = None
@@ -145,7 +145,7 @@ class Module:
     def walk(self) -> Iterator[tuple[str, Instruction, Context]]:
         """Every instruction that is executed, with its computation and its context.
 
-        Of a loop the body is walked, not the condition; of a conditional every branch.
+        A loop's condition counts as often as its body; of a conditional every branch is walked.
         """
         yield from self._walk(self.entry, Context())
 
@@ -160,14 +160,14 @@ class Module:
     ) -> list[tuple[str, Context]]:
         """The computations that an instruction runs, each with its context."""
         if instruction.opcode == "while":
-            body = instruction.called("body")
+            names = (instruction.called("condition"), instruction.called("body"))
             count = self.trip_count(computation, instruction)
             if count is None:
                 loops = (*context.unknown_loops, instruction.name)
                 inner = dataclasses.replace(context, unknown_loops=loops)
             else:
                 inner = dataclasses.replace(context, times=context.times * count)
-            return [(body, inner)] if body else []
+            return [(name, inner) for name in names if name]
         if instruction.opcode == "conditional":
             inner = dataclasses.replace(context, is_conditional=True)
             return [(name, inner) for name in instruction.branches]
@@ -246,9 +246,7 @@ class Module:
                     known[parameter.name] = value
         return known
 
-    def _value(
-        self, computation: str, name: str, env: Mapping[str, "_Value"]
-    ) -> "_Value | None":
+    def _value(self, computation: str, name: str, env: Mapping[str, "_Value"]) -> "_Value | None":
         """A whole number as an element of the loop's state plus a constant."""
         if name in env:
             return env[name]
@@ -296,8 +294,7 @@ def array_bytes(shape: str) -> int:
         elements = 1
         for size in filter(None, sizes.split(",")):
             elements *= int(size.removeprefix("<="))
-        digits = re.search(r"\d+", kind)
-        bits = _BITS.get(kind) or int(digits.group()) if digits or kind in _BITS else 0
+        bits = _BITS.get(kind) or int(re.sub(r"^[a-z]+(\d+).*", r"\1", kind))
         total += -(-elements * bits // 8)
     return total
 

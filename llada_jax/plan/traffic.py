@@ -108,4 +108,6 @@ def saved_activations(
     if compute.remat != "full":
         return None
     layer = cfg.hidden_size * jnp.dtype(compute.dtype).itemsize
-    return device_tokens * (cfg.num_hidden_layers * layer + cfg.num_moe_layers * cfg.num_experts * 4)
+    return device_tokens * (
+        cfg.num_hidden_layers * layer + cfg.num_moe_layers * cfg.num_experts * 4
+    )

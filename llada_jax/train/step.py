@@ -337,7 +337,10 @@ def train_step(
 
 
 def jit_step(
-    cfg: options.TrainConfig, experts_per_token: int, graph: Any, optimizer: optax.GradientTransformation
+    cfg: options.TrainConfig,
+    experts_per_token: int,
+    graph: Any,
+    optimizer: optax.GradientTransformation,
 ) -> Any:
     """The program of a run's steps: `train_step` of its configuration, the state donated.
 

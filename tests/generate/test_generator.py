@@ -10,8 +10,7 @@ import pytest
 
 from llada_jax import generate
 from llada_jax.diffusion import unmask
-from llada_jax.generate import batching
-from llada_jax.generate import programs
+from llada_jax.generate import batching, programs
 from tests import conftest
 
 MODEL = conftest.GOLDEN / "llada2_tiny_f32"
