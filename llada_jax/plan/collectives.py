@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Mapping
 
-from llada_jax.plan import hlo, replica_groups
+from llada_jax.plan import execution, hlo, replica_groups
 
 KINDS = (
     "all-reduce",
@@ -65,7 +65,7 @@ def collectives(module: hlo.Module, mesh_shape: Mapping[str, int]) -> list[Colle
     """
     found: list[Collective] = []
     num_devices = math.prod(mesh_shape.values())
-    for computation, i, context in module.walk():
+    for computation, i, context in execution.walk(module):
         kind = i.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue

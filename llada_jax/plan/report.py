@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from llada_jax.plan import collectives, hardware, hlo, roofline
+from llada_jax.plan import collectives, execution, hardware, hlo, roofline
 from llada_jax.plan import compiled as compiled_lib
 from llada_jax.plan import program as program_lib
 
@@ -137,7 +137,7 @@ def collective_rows(found: Sequence[collectives.Collective]) -> list[dict[str, A
 
 def text_figures(module: hlo.Module) -> dict[str, Any]:
     """Loops, donated buffers and estimates of the compiled text."""
-    low, high = hlo.estimated_cycles(module)
+    low, high = execution.estimated_cycles(module)
     return {
         "donated_outputs": module.num_aliased,
         "loops": [
@@ -147,7 +147,7 @@ def text_figures(module: hlo.Module) -> dict[str, Any]:
                 "trip_count": loop.trip_count,
                 "in_a_branch": loop.context.is_conditional,
             }
-            for loop in module.loops()
+            for loop in execution.loops(module)
         ],
         "estimated_cycles_by_the_compiler": {"cheapest_branches": low, "dearest_branches": high},
     }
