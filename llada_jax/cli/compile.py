@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     overrides = [a for a in arguments if a.startswith(_OVERRIDE)]
     plain = [a for a in arguments if not a.startswith(_OVERRIDE)]
-    args = _parser().parse_args(plain)
+    args = parser().parse_args(plain)
     if args.program is None:
         args.program = _TRAIN_STEP if args.config.endswith(".py") else "denoise_block"
     # The machine's own accelerators play no part, and may be busy.
@@ -111,7 +111,10 @@ def train_config(args: argparse.Namespace, overrides: Sequence[str]) -> options.
     mesh = _mesh_of(args)
     if mesh is not None:
         mapping["mesh"] = dataclasses.asdict(mesh)
-    start = mapping.get("model", {}).get("init_from")
+    model = mapping.get("model", {})
+    start, tokenizer = model.get("init_from"), model.get("tokenizer")
+    if tokenizer is not None and not pathlib.Path(tokenizer).exists():
+        del model["tokenizer"]  # it would add ids that noise leaves out, which no shape depends on
     if args.model is not None:
         kind = "config_file" if pathlib.Path(args.model).is_file() else "preset"
         mapping["model"] = {kind: args.model}
@@ -140,8 +143,11 @@ def model_config(args: argparse.Namespace, overrides: Sequence[str]) -> config.M
 
 def _read(path: str, overrides: Sequence[str]) -> dict[str, Any]:
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "the run, a Python file", flag_values=values)
-    values(["llada-compile", f"--config={path}", *overrides])
+    arguments = ["llada-compile", f"--config={path}", *overrides]
+    config_flags.DEFINE_config_file(
+        "config", None, "the run, a Python file", flag_values=values, sys_argv=arguments
+    )
+    values(arguments)
     return values.config.to_dict()
 
 
@@ -204,36 +210,37 @@ def _first_lines(message: str) -> str:
     return "\n".join([line for line in message.splitlines() if line.strip()][:6])
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    made = argparse.ArgumentParser(
         prog="llada-compile",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("config", metavar="CONFIG")
-    parser.add_argument("--topology", required=True, help="v5p:4x4x4, v5e:2x4, ...; cpu:8 to try")
-    parser.add_argument(
+    made.add_argument("config", metavar="CONFIG")
+    made.add_argument("--topology", required=True, help="v5p:4x4x4, v5e:2x4, ...; cpu:8 to try")
+    made.add_argument(
         "--program", choices=(_TRAIN_STEP, *sampling.NAMES), help="default: train_step for a .py"
     )
-    parser.add_argument("--mesh", help="data,fsdp,expert,tensor; default: the config's, or experts")
-    parser.add_argument("--model", help="architecture where CONFIG starts from weights not here")
-    parser.add_argument("--batch", type=int, help="rows; default: the config's, or 16")
-    parser.add_argument("--phase", help="of the run; default: the one with the most steps")
-    parser.add_argument("--cache-tokens", type=int, default=4096, help="positions of a row's cache")
-    parser.add_argument("--chunk-tokens", type=int, default=512, help="positions of a prefill pass")
-    parser.add_argument("--block-length", type=int, help="tokens; default: the model's")
-    parser.add_argument("--strategy", choices=sorted(request.STRATEGIES), default="fixed")
-    parser.add_argument("--json", metavar="FILE", help="write all figures there; - is stdout")
-    parser.add_argument("--sweep", action="store_true", help="try meshes and batch sizes")
-    parser.add_argument(
+    made.add_argument("--mesh", help="data,fsdp,expert,tensor; default: the config's, or experts")
+    made.add_argument("--model", help="architecture where CONFIG starts from weights not here")
+    made.add_argument("--batch", type=int, help="rows; default: the config's, or 16")
+    made.add_argument("--phase", help="of the run; default: the one with the most steps")
+    made.add_argument("--cache-tokens", type=int, default=4096, help="positions of a row's cache")
+    made.add_argument("--chunk-tokens", type=int, default=512, help="positions of a prefill pass")
+    made.add_argument("--block-length", type=int, help="tokens; default: the model's")
+    made.add_argument("--strategy", choices=sorted(request.STRATEGIES), default="fixed")
+    made.add_argument("--json", metavar="FILE", help="write all figures there; - is stdout")
+    made.add_argument("--sweep", action="store_true", help="try meshes and batch sizes")
+    made.add_argument(
         "--meshes", nargs="+", default=[], help="for --sweep; default: all that divide"
     )
-    parser.add_argument("--batches", type=int, nargs="+", help="for --sweep; default: one")
-    parser.add_argument(
+    made.add_argument("--batches", type=int, nargs="+", help="for --sweep; default: one")
+    made.add_argument(
         "--timeout", type=float, default=1800, help="seconds for each compile of --sweep"
     )
-    return parser
+    return made
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ Bytes are what one device sends along a ring, the fewest that a collective over 
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 
 from llada_jax.plan import execution, hlo, replica_groups
@@ -88,7 +87,7 @@ def collectives(module: hlo.Module, mesh_shape: Mapping[str, int]) -> list[Colle
                 count=context.times,
                 operand_bytes=operand_bytes,
                 sent_bytes=operand_bytes * _share(kind, size),
-                shape=re.sub(r"\{[^{}]*\}", "", i.shape),
+                shape=i.shape,
                 unknown_loops=context.unknown_loops,
                 is_conditional=context.is_conditional,
                 op_name=i.op_name,

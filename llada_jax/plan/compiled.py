@@ -17,6 +17,13 @@ import jax
 from llada_jax.plan import hlo
 
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# The compiler's ways to say it. The first calls all of the program temporaries, arguments included.
+_OUT_OF_MEMORY = (
+    re.compile(
+        r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"
+    ),
+    re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm"),
+)
 # In the order of preference: the text after code generation has the estimated cycles.
 _DUMPS = ("*.after_codegen.txt", "*.after_optimizations.txt", "*.cpu_after_optimizations.txt")
 
@@ -138,7 +145,7 @@ def compile_lowered(lowered: jax.stages.Lowered, compiler_options: Mapping[str, 
 
 def out_of_memory(message: str) -> OutOfMemory | None:
     """Reads the compiler's error; None if it tells of something else."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) (?:hbm|HBM)", message)
+    found = next(filter(None, (form.search(message) for form in _OUT_OF_MEMORY)), None)
     if found is None:
         return None
     used, used_unit, limit, limit_unit = found.groups()

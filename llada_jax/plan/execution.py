@@ -91,6 +91,42 @@ def loops(module: hlo.Module) -> list[Loop]:
     ]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Costly:
+    """An instruction with the compiler's estimate of it.
+
+    Attributes:
+      instruction: itself.
+      cycles: the estimate, times the executions per run of the program.
+      context: how often it runs.
+    """
+
+    instruction: hlo.Instruction
+    cycles: int
+    context: Context
+
+
+def costliest(module: hlo.Module, count: int = 12) -> list[Costly]:
+    """The instructions with the largest estimates, loops times their trip counts."""
+    found = [
+        Costly(instruction=i, cycles=context.times * i.estimated_cycles, context=context)
+        for i, context in _timed(module, module.entry, Context())
+        if i.estimated_cycles
+    ]
+    return sorted(found, key=lambda one: -one.cycles)[:count]
+
+
+def _timed(
+    module: hlo.Module, name: str, context: Context
+) -> Iterator[tuple[hlo.Instruction, Context]]:
+    """Instructions that are executed one by one: a fusion's own figure covers what it runs."""
+    for i in module.computations.get(name, {}).values():
+        yield i, context
+        if i.opcode != "fusion":
+            for called, inner in calls(module, name, i, context):
+                yield from _timed(module, called, inner)
+
+
 def estimated_cycles(module: hlo.Module) -> tuple[int, int]:
     """The compiler's cycles of a run, loops of unknown length counted once.
 

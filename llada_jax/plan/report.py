@@ -1,5 +1,6 @@
 """What the plan says of a program: figures as nested mappings, for JSON, and as a text."""
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -128,7 +129,7 @@ def collective_rows(found: Sequence[collectives.Collective]) -> list[dict[str, A
         row["operand_bytes"] += c.count * c.operand_bytes
         row["sent_bytes"] += c.count * c.sent_bytes
         row["loops_of_unknown_length"] = sorted({*row["loops_of_unknown_length"], *c.unknown_loops})
-        sources[key][f"{_place(c.op_name)} {c.shape}"] += c.count * c.sent_bytes
+        sources[key][f"{_place(c.op_name)} {_plain(c.shape)}"] += c.count * c.sent_bytes
     for key, row in rows.items():
         largest = sorted(sources[key].items(), key=lambda item: -item[1])
         row["largest"] = [{"what": what, "sent_bytes": sent} for what, sent in largest[:4]]
@@ -150,6 +151,17 @@ def text_figures(module: hlo.Module) -> dict[str, Any]:
             for loop in execution.loops(module)
         ],
         "estimated_cycles_by_the_compiler": {"cheapest_branches": low, "dearest_branches": high},
+        "largest_estimates": [
+            {
+                "name": one.instruction.name,
+                "where": _place(one.instruction.op_name),
+                "shape": _plain(one.instruction.shape),
+                "times": one.context.times,
+                "in_a_branch": one.context.is_conditional,
+                "cycles": one.cycles,
+            }
+            for one in execution.costliest(module)
+        ],
     }
 
 
@@ -248,6 +260,11 @@ def _work_lines(figures: Mapping[str, Any]) -> list[str]:
                 f"estimate of the compiler, its own and untested: {cycles['cheapest_branches']:,} "
                 f"to {cycles['dearest_branches']:,} cycles, loops times their trip counts"
             )
+        lines += [
+            f"  {one['cycles']:>13,}  {one['times']:>4} x {one['name']} "
+            f"{_short(one['shape'], 40)}  {one['where']}{' (in a branch)' * one['in_a_branch']}"
+            for one in found["largest_estimates"][:8]
+        ]
     return lines
 
 
@@ -255,6 +272,11 @@ def _place(op_name: str) -> str:
     """The last parts of where an operation comes from."""
     words = [w for w in op_name.split("/") if w not in ("while", "body", "closed_call", "cond")]
     return "/".join(words[-3:])
+
+
+def _plain(shape: str) -> str:
+    """A type without its layouts."""
+    return re.sub(r"\{[^{}]*\}", "", shape)
 
 
 def _short(text: str, limit: int = 90) -> str:

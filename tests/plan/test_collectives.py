@@ -1,4 +1,4 @@
-"""Collectives: groups and axes on texts, kinds and counts on programs compiled for eight devices."""
+"""Collectives: groups and axes on texts, kinds and counts on programs for eight devices."""
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ HloModule jit_f, num_partitions=8
 
 %pair (a: bf16[4,8]) -> bf16[8,8] {{
   %a = bf16[4,8]{{1,0}} parameter(0)
-  ROOT %gathered = bf16[8,8]{{1,0}} all-gather(%a), replica_groups={{{{0,1}},{{2,3}},{{4,5}},{{6,7}}}}
+  ROOT %gathered = bf16[8,8]{{1,0}} all-gather(%a), replica_groups=[4,2]<=[8], dimensions={{0}}
 }}
 
 ENTRY %main (x: bf16[4,8]) -> bf16[4,8] {{

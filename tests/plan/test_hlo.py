@@ -163,6 +163,13 @@ def test_sizes_are_those_of_elements(shape, size):
     assert hlo.array_bytes(shape) == size
 
 
+def test_the_largest_estimates_come_first(module):
+    square, moved, same = execution.costliest(module)
+    assert (square.instruction.name, square.cycles, square.context.times) == ("square", 700, 7)
+    assert (moved.cycles, moved.context.is_conditional) == (30, True)
+    assert same.cycles == 10
+
+
 def test_a_text_without_a_program_is_an_error():
     with pytest.raises(ValueError, match="no ENTRY computation"):
         hlo.Module("nothing of the kind")
