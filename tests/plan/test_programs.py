@@ -1,4 +1,4 @@
-"""The traced programs are the real ones: their collectives, buffers and formulas on eight devices."""
+"""The traced programs are the real ones: collectives, buffers and formulas on eight devices."""
 
 import math
 import re

@@ -40,10 +40,9 @@ def test_a_mesh_that_was_asked_for_must_divide():
         sweep.points(
             where, TINY, is_training=False, meshes=[config.MeshConfig(tensor=8)], batches=[1]
         )
+    odd = hardware.find_slice("cpu:7")
     with pytest.raises(ValueError, match="no mesh of its 7 chips divides the model"):
-        odd = hardware.find_slice("cpu:7")
-        huge = TINY.replace(hidden_size=64)
-        sweep.points(odd, huge, is_training=True, meshes=[], batches=[7])
+        sweep.points(odd, TINY, is_training=True, meshes=[], batches=[7])
 
 
 def test_what_fits_comes_first_by_its_bound_per_token():
@@ -66,8 +65,8 @@ def test_what_fits_comes_first_by_its_bound_per_token():
     [
         ("import os; os.abort()", r"status -6"),
         (
-            "import sys; print('error: no such thing', file=sys.stderr); sys.exit(2)",
-            "no such thing",
+            "import sys; print('error: no such', file=sys.stderr); sys.exit(2)",
+            "no such",
         ),
         ("import time; time.sleep(60)", "no end after 1 s"),
     ],
