@@ -59,7 +59,7 @@ def get_config() -> ConfigDict:
                 "mask_embedding_noise_steps": 1000,
             },
             "router": {"bias_update_rate": 1e-3},
-            "compute": {"dtype": "bfloat16", "attention": "tiles", "remat": "full"},
+            "compute": {"dtype": "bfloat16", "remat": "full"},
             "checkpoint": {"every_steps": 500, "keep_last": 3, "keep_every_steps": 2000},
             "eval": {
                 "data": {

@@ -27,6 +27,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from llada_jax import config, sharding
+from llada_jax.model import formulation as formulations
 from llada_jax.model import transformer
 
 FORMAT_NAME = "llada_jax model"
@@ -116,7 +117,7 @@ def load_model(
     directory: PathLike,
     *,
     rules: sharding.AxisRules,
-    grouped_matmul: str = "ragged_dot",
+    formulation: formulations.Formulation = formulations.PLAIN,
     dtype: str | None = None,
 ) -> transformer.LLaDA2:
     """The model in a model directory, read straight into arrays sharded over the current mesh.
@@ -124,7 +125,7 @@ def load_model(
     Args:
       directory: as `llada-convert import` or `save_model` writes it.
       rules: how parameters are split over the mesh, which `jax.set_mesh` has entered.
-      grouped_matmul: formulation of the experts' products, see `ops.grouped_matmul`.
+      formulation: how the model is computed.
       dtype: dtype to convert to; by default each parameter keeps its stored dtype. The router's
         bias always does.
 
@@ -136,7 +137,7 @@ def load_model(
     check_model_directory(directory)
     cfg = load_config(directory)
     stored = stored_arrays(directory / PARAMS_FOLDER)
-    model = transformer.abstract_model(cfg, rules, grouped_matmul=grouped_matmul)
+    model = transformer.abstract_model(cfg, rules, formulation)
     abstract = nnx.to_pure_dict(nnx.state(model))
     problems = tree_problems(tree_shapes(abstract), stored)
     problems += chunk_problems(directory / PARAMS_FOLDER, stored)
@@ -151,15 +152,18 @@ def load_model(
     target = jax.tree_util.tree_map_with_path(as_stored, abstract)
     with ocp.StandardCheckpointer() as checkpointer:
         params = checkpointer.restore(directory / PARAMS_FOLDER, target)
-    return build_model(cfg, rules, params, grouped_matmul=grouped_matmul)
+    return build_model(cfg, rules, params, formulation)
 
 
 def build_model(
-    cfg: config.ModelConfig, rules: sharding.AxisRules, params: Any, *, grouped_matmul: str
+    cfg: config.ModelConfig,
+    rules: sharding.AxisRules,
+    params: Any,
+    formulation: formulations.Formulation = formulations.PLAIN,
 ) -> transformer.LLaDA2:
     """The model with these arrays, nested dicts by path; its dtype is the embedding's."""
     cfg = cfg.replace(dtype=str(params["embed"]["kernel"].dtype))
-    model = transformer.abstract_model(cfg, rules, grouped_matmul=grouped_matmul)
+    model = transformer.abstract_model(cfg, rules, formulation)
     graph, state = nnx.split(model)
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graph, state)

@@ -1,7 +1,8 @@
 """The device mesh, and which of its axes each logical dimension of the model is split over."""
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ class AxisRules:
     Attributes:
       batch: rows of a batch.
       embed: the residual stream's dimension of a parameter. Activations keep it whole.
+      expert_embed: the same of the routed experts' parameters, which `expert` splits too.
       heads: query heads.
       kv_heads: key and value heads.
       mlp: inner dimension of MLPs and experts.
@@ -32,6 +34,7 @@ class AxisRules:
 
     batch: MeshAxes = ("data", "fsdp")
     embed: MeshAxes = None
+    expert_embed: MeshAxes = None
     heads: MeshAxes = "tensor"
     kv_heads: MeshAxes = "tensor"
     mlp: MeshAxes = "tensor"
@@ -52,9 +55,23 @@ class AxisRules:
 
 
 # Sampling keeps every parameter whole along `embed`: gathering weights at each denoising step
-# would cost more than they take. Training shares them, and their optimizer state, over `fsdp`.
+# would cost more than they take.
 SERVE_RULES = AxisRules()
-TRAIN_RULES = AxisRules(embed="fsdp")
+# Training splits rows over all ranks but those of `tensor`, and shares parameters and optimizer
+# state over all that see different rows.
+TRAIN_RULES = AxisRules(
+    batch=("data", "fsdp", "expert"), embed=("fsdp", "expert"), expert_embed="fsdp"
+)
+
+
+def serve_rules(*, splits_rows: bool) -> AxisRules:
+    """The rules of sampling.
+
+    Args:
+      splits_rows: whether rows, and with them the cache, are split over the ranks of `expert` too;
+        else all of those see the same rows.
+    """
+    return AxisRules(batch=TRAIN_RULES.batch) if splits_rows else SERVE_RULES
 
 
 def make_mesh(
@@ -85,6 +102,42 @@ def make_mesh(
     )
 
 
+def check_fits(mesh: config.MeshConfig, model: config.ModelConfig, rules: AxisRules) -> None:
+    """Checks that every dimension that the rules split divides.
+
+    Raises:
+      ValueError: names the field, its size, and the axes that do not divide it.
+    """
+    sizes = [
+        ("num_attention_heads", rules.heads),
+        ("num_key_value_heads", rules.kv_heads),
+        ("vocab_size", rules.vocab),
+    ]
+    if model.first_k_dense_replace:
+        sizes.append(("intermediate_size", rules.mlp))
+    if model.num_moe_layers:
+        sizes += [
+            ("num_experts", rules.expert),
+            ("moe_intermediate_size", rules.mlp),
+            ("hidden_size", rules.expert_embed),
+        ]
+    # Last, because it splits over all axes and would hide which of them is at fault.
+    sizes.append(("hidden_size", rules.embed))
+    for name, axes in sizes:
+        size, shards = getattr(model, name), num_shards(axes, dataclasses.asdict(mesh))
+        if size % shards:
+            names = " x ".join(map(repr, axis_names(axes)))
+            raise ValueError(
+                f"{name}: {size} is not divisible by the {shards} devices of mesh axis {names}; "
+                "choose a mesh whose sizes there divide it"
+            )
+
+
+def num_shards(axes: MeshAxes, sizes: Mapping[str, int]) -> int:
+    """Number of shards of a dimension split over these axes of a mesh of these sizes."""
+    return math.prod(sizes[name] for name in axis_names(axes))
+
+
 def axis_names(axes: MeshAxes) -> tuple[str, ...]:
     """The mesh axes of a rule, as collectives take them; none for a dimension kept whole."""
     return (axes,) if isinstance(axes, str) else axes or ()
@@ -98,8 +151,4 @@ def axis_index(axes: MeshAxes) -> Array | int:
 
 def axis_size(axes: MeshAxes) -> int:
     """Number of shards along these axes of the current mesh."""
-    sizes = dict(jax.sharding.get_abstract_mesh().shape)
-    total = 1
-    for name in axis_names(axes):
-        total *= sizes[name]
-    return total
+    return num_shards(axes, dict(jax.sharding.get_abstract_mesh().shape))

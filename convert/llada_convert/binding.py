@@ -137,7 +137,7 @@ def abstract_leaves(
       mesh: sizes of the target's mesh axes; by default one device.
     """
     mesh = mesh or config.MeshConfig()
-    mesh.validate(cfg)
+    sharding.check_fits(mesh, cfg, rules)
     with jax.set_mesh(sharding.make_mesh()):
         tree = abstract_tree(transformer.abstract_model(cfg, rules))
     sizes: dict[str, int] = dict(zip(sharding.MESH_AXES, mesh.shape, strict=True))

@@ -24,6 +24,7 @@ from llada_convert import (
     regions,
 )
 from llada_jax import checkpoint, config, sharding
+from llada_jax.model import formulation as formulations
 from llada_jax.model import transformer
 
 
@@ -170,7 +171,7 @@ def load_hf_model(
     directory: str | os.PathLike[str],
     *,
     rules: sharding.AxisRules,
-    grouped_matmul: str = "ragged_dot",
+    formulation: formulations.Formulation = formulations.PLAIN,
     dtype: str | None = None,
 ) -> transformer.LLaDA2:
     """The model in a Hugging Face checkpoint, read straight into arrays of the current mesh.
@@ -186,9 +187,7 @@ def load_hf_model(
         raise errors.ConversionError(f"{directory}: no such directory")
     cfg = checkpoint.load_config(directory)
     mesh = jax.sharding.get_mesh()
-    abstract = binding.abstract_tree(
-        transformer.abstract_model(cfg, rules, grouped_matmul=grouped_matmul)
-    )
+    abstract = binding.abstract_tree(transformer.abstract_model(cfg, rules, formulation))
     reader = readers.HFReader(directory, cfg, binding.bind(abstract, cfg, dict(mesh.shape)))
     try:
         readers.require_sound(reader, dtype)
@@ -205,7 +204,7 @@ def load_hf_model(
                 bar.add(leaf.size * reader.dtype(leaf).itemsize)
     finally:
         reader.close()
-    return checkpoint.build_model(cfg, rules, params, grouped_matmul=grouped_matmul)
+    return checkpoint.build_model(cfg, rules, params, formulation)
 
 
 def _sharded(

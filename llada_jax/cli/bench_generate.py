@@ -13,6 +13,7 @@ from llada_jax import config, generate, sharding
 from llada_jax.cli import bench_model
 from llada_jax.diffusion import masks, unmask
 from llada_jax.generate import batching, request
+from llada_jax.model import formulation as formulations
 from llada_jax.model import transformer
 from llada_jax.ops import grouped_matmul
 
@@ -46,12 +47,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--{name.replace('_', '-')}: {getattr(args, name)} must be >= 1")
     cfg = model_config(args)
     mesh_config = config.MeshConfig.parse(args.mesh)
-    mesh_config.validate(cfg)
+    sharding.check_fits(mesh_config, cfg, sharding.SERVE_RULES)
     if args.compare and mesh_config.data * mesh_config.fsdp > 1:
         raise ValueError("--compare runs one text at a time; choose a mesh with data = fsdp = 1")
     mesh = sharding.make_mesh(mesh_config)
-    implementation = args.grouped_matmul or grouped_matmul.default_implementation(
-        mesh.devices.flat[0].platform
+    formulation = formulations.for_sampling(
+        mesh.devices.flat[0].platform, grouped_matmul=args.grouped_matmul
     )
     changes = {"threshold": args.threshold, "steps": args.steps}
     params = generate.SamplingParams.create(
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         **{name: value for name, value in changes.items() if value is not None},
     )
     with jax.set_mesh(mesh):
-        model = random_model(cfg, implementation, args.seed, args.logit_std)
+        model = random_model(cfg, formulation, args.seed, args.logit_std)
     generator = generate.Generator(model, mesh, max_batch=args.batch)
     rng = np.random.default_rng(args.seed)
     prompts = rng.integers(0, cfg.vocab_size - 8, (args.batch, args.prompt_length)).tolist()
@@ -92,7 +93,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "batch": args.batch,
         "prompt_tokens": args.prompt_length,
         "generated_tokens": tokens,
-        "grouped_matmul": implementation,
+        "grouped_matmul": formulation.grouped_matmul,
         "cached": {
             "tokens_per_second": tokens / cached_seconds,
             "seconds": cached_seconds,
@@ -227,14 +228,14 @@ def model_config(args: argparse.Namespace) -> config.ModelConfig:
 
 
 def random_model(
-    cfg: config.ModelConfig, implementation: str, seed: int, logit_std: float
+    cfg: config.ModelConfig, formulation: formulations.Formulation, seed: int, logit_std: float
 ) -> transformer.LLaDA2:
     """A model with random weights whose logits spread by `logit_std`; needs `jax.set_mesh`."""
 
     @jax.jit
     def build() -> transformer.LLaDA2:
         model = transformer.LLaDA2(
-            cfg, sharding.SERVE_RULES, grouped_matmul=implementation, rngs=nnx.Rngs(seed)
+            cfg, sharding.SERVE_RULES, formulation=formulation, rngs=nnx.Rngs(seed)
         )
         head = model.lm_head
         assert head is not None

@@ -21,8 +21,9 @@ import numpy as np
 from llada_jax import config, sharding
 from llada_jax.cli import bench_model
 from llada_jax.diffusion import objective
+from llada_jax.model import formulation as formulations
 from llada_jax.model import transformer
-from llada_jax.ops import grouped_matmul
+from llada_jax.ops import expert_parallel, grouped_matmul
 from llada_jax.train import flops, goals, optimizer, options, schedule
 from llada_jax.train import state as state_lib
 from llada_jax.train import step as step_lib
@@ -36,14 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(hidden_size=256, layers=6, dense_width=512, heads=4, kv_heads=2)
     parser.set_defaults(experts=16, expert_width=128)
     parser.add_argument("--grouped-matmul", choices=grouped_matmul.IMPLEMENTATIONS)
+    parser.add_argument("--dispatch", choices=expert_parallel.ALGORITHMS)
     parser.add_argument("--mesh", default="1,1,1,1", help="data,fsdp,expert,tensor")
     parser.add_argument("--batch", type=int, default=1, help="rows")
     parser.add_argument("--row-length", type=int, default=1024, help="tokens of a row")
     parser.add_argument("--documents", type=int, default=1, help="equal documents in each row")
     parser.add_argument("--block-length", type=int, default=32, help="tokens")
-    parser.add_argument("--attention", choices=transformer.ATTENTION, default="tiles")
+    parser.add_argument("--attention", choices=formulations.ATTENTION, default="tiles")
     parser.add_argument("--compare", choices=["dense"], help="also with the mask built whole")
-    parser.add_argument("--remat", choices=transformer.REMAT, default="full")
+    parser.add_argument("--remat", choices=formulations.REMAT, default="full")
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=[], help="row lengths to compile for, both ways"
     )
@@ -61,15 +63,13 @@ class Stepper:
       cfg: the model; it computes in its dtype.
       mesh: the current mesh.
       block_length: tokens per diffusion block.
-      grouped_matmul: see `ops.grouped_matmul`.
-      remat: see `ComputeOptions`.
+      formulation: how it is computed.
     """
 
     cfg: config.ModelConfig
     mesh: jax.sharding.Mesh
     block_length: int
-    grouped_matmul: str
-    remat: str
+    formulation: formulations.Formulation
 
     @functools.cached_property
     def optimizer(self) -> Any:
@@ -93,10 +93,7 @@ class Stepper:
         model = transformer.abstract_model(
             self.cfg.replace(dtype="float32"),
             RULES,
-            grouped_matmul=self.grouped_matmul,
-            attention=attention,
-            remat=self.remat,
-            slices_experts=True,
+            dataclasses.replace(self.formulation, attention=attention),
         )
         phase = options.Phase(
             name="bench",
@@ -140,11 +137,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             )
     cfg = bench_model.model_config(args, max(args.row_length, *args.lengths, 1))
     mesh_config = config.MeshConfig.parse(args.mesh)
-    mesh_config.validate(cfg)
-    if args.batch % (mesh_config.data * mesh_config.fsdp):
+    sharding.check_fits(mesh_config, cfg, RULES)
+    row_shards = sharding.num_shards(RULES.batch, dataclasses.asdict(mesh_config))
+    if args.batch % row_shards:
         raise ValueError(
-            f"--batch: {args.batch} rows do not divide among data {mesh_config.data} x fsdp "
-            f"{mesh_config.fsdp} of --mesh"
+            f"--batch: {args.batch} rows do not divide among the {row_shards} devices along "
+            f"{RULES.batch} of --mesh"
         )
     mesh = sharding.make_mesh(mesh_config)
     platform = mesh.devices.flat[0].platform
@@ -152,8 +150,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         cfg=cfg,
         mesh=mesh,
         block_length=args.block_length,
-        grouped_matmul=args.grouped_matmul or grouped_matmul.default_implementation(platform),
-        remat=args.remat,
+        formulation=options.ComputeOptions(
+            attention=args.attention,
+            grouped_matmul=args.grouped_matmul,
+            dispatch=args.dispatch,
+            remat=args.remat,
+        ).formulation(platform),
     )
     counted = model_flops(args, cfg)
     figures: dict[str, Any] = {
@@ -165,7 +167,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "block_length": args.block_length,
         "dtype": args.dtype,
         "remat": args.remat,
-        "grouped_matmul": stepper.grouped_matmul,
+        "grouped_matmul": stepper.formulation.grouped_matmul,
+        "dispatch": stepper.formulation.dispatch,
         "model_gflops_per_step": counted.train / 1e9,
         "model_gflops_per_step_parts": {
             name: 3 * getattr(counted, name) / 1e9 for name in ("body", "attention", "head")
@@ -183,7 +186,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             batch = synthetic_batch(args, stepper.mesh, length)
             figures[f"{length} tokens, compiled only"] = {
                 name: compiled_figures(*stepper.compile(name, batch))
-                for name in reversed(transformer.ATTENTION)
+                for name in reversed(formulations.ATTENTION)
             }
     return figures
 

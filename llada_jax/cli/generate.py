@@ -155,6 +155,7 @@ def _load(args: argparse.Namespace) -> generators.Generator:
         mesh=args.mesh,
         dtype=args.dtype,
         grouped_matmul=args.grouped_matmul,
+        dispatch=args.dispatch,
         **{name: value for name, value in sizes.items() if value is not None},
     )
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 
 from llada_jax import config
 from llada_jax.generate import request
-from llada_jax.ops import grouped_matmul
+from llada_jax.ops import expert_parallel, grouped_matmul
 
 _T = TypeVar("_T")
 
@@ -144,6 +144,12 @@ def _parser(documentation: str) -> argparse.ArgumentParser:
         "--grouped-matmul",
         choices=grouped_matmul.IMPLEMENTATIONS,
         help="how experts are multiplied; by default the fastest measured for the backend",
+    )
+    machine.add_argument(
+        "--dispatch",
+        choices=expert_parallel.ALGORITHMS,
+        help="how tokens reach their experts on a mesh with several ranks of them, by default "
+        "replicated; with the others such ranks have different prompts, for large batches",
     )
     machine.add_argument(
         "--max-batch", type=int, metavar="N", help="most prompts that are generated together"

@@ -3,8 +3,6 @@
 import dataclasses
 from typing import Self
 
-from llada_jax.config import model as model_config
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
@@ -52,29 +50,3 @@ class MeshConfig:
                 f"mesh {text!r}: give four sizes, data,fsdp,expert,tensor, for example 1,1,8,1"
             )
         return cls(**dict(zip(("data", "fsdp", "expert", "tensor"), sizes, strict=True)))
-
-    def validate(self, model: model_config.ModelConfig) -> None:
-        """Checks that every sharded dimension of the model divides.
-
-        Raises:
-          ValueError: names the field, its size, and the axis that does not divide it.
-        """
-        sizes = [
-            ("num_attention_heads", model.num_attention_heads, "tensor"),
-            ("num_key_value_heads", model.num_key_value_heads, "tensor"),
-            ("vocab_size", model.vocab_size, "tensor"),
-            ("hidden_size", model.hidden_size, "fsdp"),
-        ]
-        if model.first_k_dense_replace:
-            sizes.append(("intermediate_size", model.intermediate_size, "tensor"))
-        if model.num_moe_layers:
-            sizes += [
-                ("num_experts", model.num_experts, "expert"),
-                ("moe_intermediate_size", model.moe_intermediate_size, "tensor"),
-            ]
-        for name, size, axis in sizes:
-            if size % getattr(self, axis):
-                raise ValueError(
-                    f"{name}: {size} is not divisible by the {getattr(self, axis)} devices of mesh "
-                    f"axis {axis!r}; choose a mesh whose {axis} size divides it"
-                )

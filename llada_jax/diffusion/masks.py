@@ -33,6 +33,7 @@ def block_diffusion(
         segment=jnp.concatenate([segments, segments], axis=1),
         block=jnp.concatenate([blocks, blocks], axis=1),
         is_clean=jnp.concatenate([is_noised, ~is_noised], axis=1),
+        form=block_mask.Form(block_length=block_length, has_clean_half=True),
     )
 
 
@@ -42,6 +43,7 @@ def masked_diffusion(segments: Int[Array, "B L"]) -> block_mask.MaskTags:
         segment=segments,
         block=jnp.zeros_like(segments),
         is_clean=jnp.zeros_like(segments, bool),
+        form=block_mask.Form(block_length=None, has_clean_half=False),
     )
 
 
@@ -50,5 +52,8 @@ def autoregressive(
 ) -> block_mask.MaskTags:
     """Tags of x_0 alone with blocks of one token: causal attention within documents."""
     return block_mask.MaskTags(
-        segment=segments, block=positions, is_clean=jnp.ones_like(segments, bool)
+        segment=segments,
+        block=positions,
+        is_clean=jnp.ones_like(segments, bool),
+        form=block_mask.Form(block_length=1, has_clean_half=False),
     )

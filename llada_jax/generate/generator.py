@@ -15,8 +15,8 @@ from llada_jax.diffusion import masks
 from llada_jax.generate import batching, programs, request
 from llada_jax.generate import progress as progress_lib
 from llada_jax.model import cache as kv_cache
+from llada_jax.model import formulation as formulations
 from llada_jax.model import transformer
-from llada_jax.ops import grouped_matmul as grouped_matmul_ops
 
 Prompt = str | Sequence[int]
 
@@ -58,6 +58,7 @@ class Generator:
         mesh: config.MeshConfig | str | None = None,
         dtype: str | None = None,
         grouped_matmul: str | None = None,
+        dispatch: str | None = None,
         **options: Any,
     ) -> Self:
         """Loads a model directory: one that `llada-convert` wrote, or a Hugging Face one.
@@ -68,6 +69,9 @@ class Generator:
           dtype: dtype to cast parameters to; by default as stored.
           grouped_matmul: formulation of the experts' products; by default the fastest measured
             for the backend.
+          dispatch: how tokens reach their experts, see `ops.expert_parallel`. "replicated", the
+            default, has whole batches on every rank of `expert`; with the others rows, and with
+            them the cache, are split over those ranks too, and batches filled up to as many rows.
           **options: of the constructor.
 
         Raises:
@@ -81,15 +85,13 @@ class Generator:
         load = import_hf.load_hf_model
         if checkpoint.is_model_directory(path):
             load = checkpoint.load_model
-        mesh.validate(checkpoint.load_config(path))
-        if grouped_matmul is None:
-            grouped_matmul = grouped_matmul_ops.default_implementation(
-                device_mesh.devices.flat[0].platform
-            )
+        formulation = formulations.for_sampling(
+            device_mesh.devices.flat[0].platform, grouped_matmul=grouped_matmul, dispatch=dispatch
+        )
+        rules = sharding.serve_rules(splits_rows=formulation.dispatch != "replicated")
+        sharding.check_fits(mesh, checkpoint.load_config(path), rules)
         with jax.set_mesh(device_mesh):
-            model = load(
-                path, rules=sharding.SERVE_RULES, grouped_matmul=grouped_matmul, dtype=dtype
-            )
+            model = load(path, rules=rules, formulation=formulation, dtype=dtype)
         tokenizer = tokenizers.load_tokenizer(path)
         if tokenizer is not None:
             model.cfg = tokenizers.with_special_ids(model.cfg, tokenizer)
@@ -147,7 +149,7 @@ class Generator:
     def _run_batch(self, jobs: Sequence[batching.Job], denoising: bool) -> Iterator[request.Event]:
         shapes = batching.shapes_of(
             jobs,
-            row_multiple=self.mesh.shape["data"] * self.mesh.shape["fsdp"],
+            row_multiple=self._row_multiple,
             prefill_chunk_tokens=self.prefill_chunk_tokens,
         )
         history_steps = 0
@@ -254,7 +256,7 @@ class Generator:
             if allowed.ndim == 4 and allowed.shape[1] == 1:
                 allowed = allowed[:, 0]
             allowed = np.broadcast_to(allowed, (batch, length, length))
-        rows = batching.bucket(batch, self.mesh.shape["data"] * self.mesh.shape["fsdp"])
+        rows = batching.bucket(batch, self._row_multiple)
         size = batching.bucket(length, 8)
 
         def padded(x: np.ndarray, *shape: int) -> np.ndarray:
@@ -270,6 +272,10 @@ class Generator:
             )
             out = programs.logits(self.model, *batching.put_rows(arrays, self.rules))
             return np.asarray(out)[:batch, :length]
+
+    @property
+    def _row_multiple(self) -> int:
+        return sharding.num_shards(self.rules.batch, self.mesh.shape)
 
     @staticmethod
     def num_compilations() -> int:

@@ -1,13 +1,20 @@
 """Attention layer: grouped queries, RMS-normed queries and keys, partial rotation."""
 
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from llada_jax import config, sharding
 from llada_jax.model import cache as kv_cache
+from llada_jax.model import formulation as formulations
 from llada_jax.model import layers
 from llada_jax.ops import attention as attention_ops
-from llada_jax.ops import block_mask, norm_rope, tile_attention
+from llada_jax.ops import (
+    block_mask,
+    cache_attention,
+    norm_rope,
+    splash_attention,
+    tile_attention,
+)
 
 
 class Attention(nnx.Module):
@@ -18,6 +25,7 @@ class Attention(nnx.Module):
         cfg: config.ModelConfig,
         rules: sharding.AxisRules,
         *,
+        formulation: formulations.Formulation,
         stack: tuple[int, ...],
         rngs: nnx.Rngs,
     ):
@@ -52,7 +60,7 @@ class Attention(nnx.Module):
             return layers.RMSNorm(head_dim, cfg, rules, stack=stack) if cfg.use_qk_norm else None
 
         self.q_norm, self.k_norm = norm(), norm()
-        self.rules = rules
+        self.rules, self.formulation = rules, formulation
 
     def __call__(
         self,
@@ -60,20 +68,30 @@ class Attention(nnx.Module):
         rope: tuple[Float[Array, "B T R"], Float[Array, "B T R"]],
         mask: Bool[Array, "#B T T"] | block_mask.MaskTags,
         cache: kv_cache.KVCache | None,
+        layer: Int[Array, ""] | None,
     ) -> tuple[Float[Array, "B T D"], kv_cache.BlockKV]:
-        """Attends to the same positions and, where given, to one layer's slice of the cache.
+        """Attends to the same positions and, where given, to one layer's cache.
 
-        A mask given as tags is never built, and has no cache beside it.
+        A mask given as tags is never built, and has no cache beside it. `layer` picks the layer
+        where `cache` still holds all of them.
         """
         query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = norm_rope.apply_rope(query, *rope), norm_rope.apply_rope(key, *rope)
         kv = kv_cache.BlockKV(key=key, value=value)
+        out = self._attend(query, key, value, mask, cache, layer)
+        return self.o_proj(out), kv
+
+    def _attend(self, query, key, value, mask, cache, layer):
+        interpret, rules = self.formulation.interprets_kernels, self.rules
         if isinstance(mask, block_mask.MaskTags):
             assert cache is None
-            out = tile_attention.tile_attention(query, key, value, mask, rules=self.rules)
-            return self.o_proj(out), kv
+            if self.formulation.attention == "splash":
+                return splash_attention.splash_attention(
+                    query, key, value, mask, interpret=interpret, rules=rules
+                )
+            return tile_attention.tile_attention(query, key, value, mask, rules=rules)
         cached = {}
         if cache is not None:
             cached = {
@@ -81,5 +99,8 @@ class Attention(nnx.Module):
                 "cache_value": cache.value,
                 "cache_length": cache.length,
             }
-        out = attention_ops.attention(query, key, value, mask, rules=self.rules, **cached)
-        return self.o_proj(out), kv
+        if layer is not None:
+            return cache_attention.cache_attention(
+                query, key, value, mask, layer=layer, interpret=interpret, rules=rules, **cached
+            )
+        return attention_ops.attention(query, key, value, mask, rules=rules, **cached)

@@ -6,6 +6,7 @@ from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
 from llada_jax import config, sharding
+from llada_jax.model import formulation as formulations
 from llada_jax.model import layers
 from llada_jax.ops import activations, expert_parallel
 
@@ -140,13 +141,13 @@ class Experts(nnx.Module):
         inner, embed = cfg.moe_intermediate_size, cfg.hidden_size
         axes = (*layers.stack_axes(stack), "expert")
         self.gate_proj = layers.normal(
-            rngs, (*leading, embed, inner), (*axes, "embed", "mlp"), cfg, rules
+            rngs, (*leading, embed, inner), (*axes, "expert_embed", "mlp"), cfg, rules
         )
         self.up_proj = layers.normal(
-            rngs, (*leading, embed, inner), (*axes, "embed", "mlp"), cfg, rules
+            rngs, (*leading, embed, inner), (*axes, "expert_embed", "mlp"), cfg, rules
         )
         self.down_proj = layers.normal(
-            rngs, (*leading, inner, embed), (*axes, "mlp", "embed"), cfg, rules
+            rngs, (*leading, inner, embed), (*axes, "mlp", "expert_embed"), cfg, rules
         )
 
 
@@ -158,8 +159,7 @@ class MoE(nnx.Module):
         cfg: config.ModelConfig,
         rules: sharding.AxisRules,
         *,
-        grouped_matmul: str,
-        dispatch: str,
+        formulation: formulations.Formulation,
         stack: tuple[int, ...],
         rngs: nnx.Rngs,
     ):
@@ -171,8 +171,8 @@ class MoE(nnx.Module):
         )
         self.rules = rules
         self.dispatch = expert_parallel.Dispatch(
-            algorithm=dispatch,
-            implementation=grouped_matmul,
+            algorithm=formulation.dispatch,
+            implementation=formulation.grouped_matmul,
             num_groups=cfg.n_group,
             top_groups=cfg.topk_group,
         )

@@ -14,25 +14,9 @@ from jaxtyping import Array, Bool, Float, Int
 from llada_jax import config, sharding
 from llada_jax.model import attention as attention_layer
 from llada_jax.model import cache as kv_cache
+from llada_jax.model import formulation as formulations
 from llada_jax.model import layers, moe
 from llada_jax.ops import block_mask, norm_rope
-
-# Implementations of `grouped_matmul` that index the whole stack of layers themselves. Slicing one
-# layer's experts out of the stack would copy them at every forward pass; on a CPU that copy takes
-# longer than the products of a block of 32 tokens.
-_READS_STACK = frozenset({"blocks"})
-
-ATTENTION = ("dense", "tiles")
-
-# What the backward pass of a layer finds kept from the forward pass: everything, only the layer's
-# input, or also the results of products with weights (attention scores and experts' rows are
-# computed again).
-_REMAT_POLICIES = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-REMAT = tuple(_REMAT_POLICIES)
 
 
 @struct.dataclass
@@ -61,24 +45,18 @@ class Block(nnx.Module):
         rules: sharding.AxisRules,
         *,
         is_moe: bool,
-        grouped_matmul: str,
-        dispatch: str,
+        formulation: formulations.Formulation,
         stack: tuple[int, ...],
         rngs: nnx.Rngs,
     ):
         embed = cfg.hidden_size
         self.input_norm = layers.RMSNorm(embed, cfg, rules, stack=stack)
-        self.attention = attention_layer.Attention(cfg, rules, stack=stack, rngs=rngs)
+        self.attention = attention_layer.Attention(
+            cfg, rules, formulation=formulation, stack=stack, rngs=rngs
+        )
         self.post_attention_norm = layers.RMSNorm(embed, cfg, rules, stack=stack)
         if is_moe:
-            self.mlp = moe.MoE(
-                cfg,
-                rules,
-                grouped_matmul=grouped_matmul,
-                dispatch=dispatch,
-                stack=stack,
-                rngs=rngs,
-            )
+            self.mlp = moe.MoE(cfg, rules, formulation=formulation, stack=stack, rngs=rngs)
         else:
             self.mlp = moe.MLP(cfg.intermediate_size, cfg, rules, stack=stack, rngs=rngs)
 
@@ -88,16 +66,27 @@ class Block(nnx.Module):
         rope: tuple[Float[Array, "B T R"], Float[Array, "B T R"]],
         mask: Bool[Array, "#B T T"] | block_mask.MaskTags,
         cache: kv_cache.KVCache | None,
-        layer: Int[Array, ""] | None,
+        *,
+        expert_layer: Int[Array, ""] | None,
+        cache_layer: Int[Array, ""] | None,
     ) -> tuple[Float[Array, "B T D"], kv_cache.BlockKV, Intermediates]:
-        """Applies the layer; `layer` is its place in a stack that `mlp.experts` still holds."""
+        """Applies the layer.
+
+        Args:
+          x: the residual stream.
+          rope: cosines and sines of the positions.
+          mask: as in `LLaDA2.hidden_states`.
+          cache: this layer's, or all layers'.
+          expert_layer: the layer's place in a stack that `mlp.experts` still holds, or None.
+          cache_layer: the layer's place in `cache` where that holds all layers, or None.
+        """
         with jax.named_scope("attention"):
-            attended, kv = self.attention(self.input_norm(x), rope, mask, cache)
+            attended, kv = self.attention(self.input_norm(x), rope, mask, cache, cache_layer)
         x = x + attended
         normed, routing = self.post_attention_norm(x), None
         with jax.named_scope("mlp"):
             if isinstance(self.mlp, moe.MoE):
-                out, routing = self.mlp(normed, layer)
+                out, routing = self.mlp(normed, expert_layer)
             else:
                 out = self.mlp(normed)
         x = x + out
@@ -113,14 +102,7 @@ class LLaDA2(nnx.Module):
     Args:
       cfg: the architecture.
       rules: how parameters and activations are split over the current mesh.
-      grouped_matmul: formulation of the experts' products, see `ops.grouped_matmul`.
-      attention: what is done where the mask is given as tags: "dense" builds it whole, "tiles"
-        leaves out its empty tiles.
-      remat: what of a layer the backward pass computes again: "none"; "dots", all but the products
-        with parameters; "full", everything.
-      slices_experts: whether a layer's experts are always cut out of their stack. Training needs
-        it: a formulation that reads the whole stack has a gradient as large as the stack, at every
-        layer.
+      formulation: how it is computed.
       rngs: source of the initial parameters.
     """
 
@@ -129,16 +111,9 @@ class LLaDA2(nnx.Module):
         cfg: config.ModelConfig,
         rules: sharding.AxisRules,
         *,
-        grouped_matmul: str = "ragged_dot",
-        dispatch: str = "replicated",
-        attention: str = "dense",
-        remat: str = "none",
-        slices_experts: bool = False,
+        formulation: formulations.Formulation = formulations.PLAIN,
         rngs: nnx.Rngs,
     ):
-        _check_option("attention", attention, ATTENTION)
-        _check_option("remat", remat, REMAT)
-
         def blocks(count: int, *, is_moe: bool) -> Block | None:
             if not count:
                 return None
@@ -146,8 +121,7 @@ class LLaDA2(nnx.Module):
                 cfg,
                 rules,
                 is_moe=is_moe,
-                grouped_matmul=grouped_matmul,
-                dispatch=dispatch,
+                formulation=formulation,
                 stack=(count,),
                 rngs=rngs,
             )
@@ -157,8 +131,7 @@ class LLaDA2(nnx.Module):
         self.moe_layers = blocks(cfg.num_moe_layers, is_moe=True)
         self.final_norm = layers.RMSNorm(cfg.hidden_size, cfg, rules)
         self.lm_head = None if cfg.tie_word_embeddings else layers.Embed(cfg, rules, rngs=rngs)
-        self.cfg, self.rules, self.grouped_matmul = cfg, rules, grouped_matmul
-        self.attention, self.remat, self.slices_experts = attention, remat, slices_experts
+        self.cfg, self.rules, self.formulation = cfg, rules, formulation
 
     def __call__(
         self,
@@ -207,7 +180,7 @@ class LLaDA2(nnx.Module):
         """
         if cache is not None and isinstance(mask, block_mask.MaskTags):
             raise ValueError("mask: tags describe whole texts and go without a cache")
-        if self.attention == "dense" and isinstance(mask, block_mask.MaskTags):
+        if self.formulation.attention == "dense" and isinstance(mask, block_mask.MaskTags):
             mask = block_mask.dense(mask)  # Once, not at every layer.
         with jax.named_scope("embed"):
             x = self.embed(tokens)
@@ -215,6 +188,7 @@ class LLaDA2(nnx.Module):
                 x = x + embed_offset.astype(x.dtype)
         frequencies, factor = rope_parameters(self.cfg)
         rope = norm_rope.rope_table(positions, frequencies, factor, x.dtype)
+        reads_whole_cache = self.formulation.cache_attention == "kernel" and cache is not None
         kvs, intermediates, first = [], [], 0
         for stack, count in (
             (self.dense_layers, self.cfg.first_k_dense_replace),
@@ -223,10 +197,14 @@ class LLaDA2(nnx.Module):
             if stack is None:
                 continue
             layer_cache = None
-            if cache is not None:
+            if cache is not None and not reads_whole_cache:
                 layer_cache = (cache.key[first : first + count], cache.value[first : first + count])
             apply = functools.partial(
-                _one_layer, rope=rope, mask=mask, length=None if cache is None else cache.length
+                _one_layer,
+                rope=rope,
+                mask=mask,
+                cache=cache,
+                first_cache_layer=first if reads_whole_cache else None,
             )
             x, kv, inner = self._scan(apply, stack, x, layer_cache, count)
             kvs.append(kv)
@@ -237,34 +215,34 @@ class LLaDA2(nnx.Module):
 
     def _scan(self, apply, stack, x, layer_cache, count):
         """Scans `apply` over a stack; experts stay outside the scanned leaves where they can."""
-        reads_stack = self.grouped_matmul in _READS_STACK and not self.slices_experts
+        reads_stack = self.formulation.reads_stack
         whole_filter = nnx.PathContains("experts") if reads_stack else nnx.Nothing()
         graph, whole, sliced = nnx.split(stack, whole_filter, ...)
 
         def body(x, scanned):
             sliced, layer_cache, index = scanned
             block = nnx.merge(graph, whole, sliced)
-            x, kv, inner = apply(block, x, layer_cache, index if reads_stack else None)
+            x, kv, inner = apply(block, x, layer_cache, index, reads_stack=reads_stack)
             return x, (kv, inner)
 
-        if self.remat != "none":
+        if self.formulation.remat_policy is not None:
             # Inside a scan the compiler cannot merge a layer with its second computation.
-            policy = _REMAT_POLICIES[self.remat]
-            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+            body = jax.checkpoint(body, policy=self.formulation.remat_policy, prevent_cse=False)
         x, (kv, inner) = jax.lax.scan(body, x, (sliced, layer_cache, jnp.arange(count)))
         return x, kv, inner
 
 
-def _one_layer(block, x, layer_cache, index, *, rope, mask, length):
-    cache = None
+def _one_layer(block, x, layer_cache, index, *, reads_stack, rope, mask, cache, first_cache_layer):
     if layer_cache is not None:
-        cache = kv_cache.KVCache(key=layer_cache[0], value=layer_cache[1], length=length)
-    return block(x, rope, mask, cache, index)
-
-
-def _check_option(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}: {value!r} is not one of {known}")
+        cache = cache.replace(key=layer_cache[0], value=layer_cache[1])
+    return block(
+        x,
+        rope,
+        mask,
+        cache,
+        expert_layer=index if reads_stack else None,
+        cache_layer=None if first_cache_layer is None else first_cache_layer + index,
+    )
 
 
 def rope_parameters(cfg: config.ModelConfig) -> tuple[np.ndarray, float]:
@@ -299,29 +277,13 @@ def rope_parameters(cfg: config.ModelConfig) -> tuple[np.ndarray, float]:
 def abstract_model(
     cfg: config.ModelConfig,
     rules: sharding.AxisRules,
-    *,
-    grouped_matmul: str = "ragged_dot",
-    dispatch: str = "replicated",
-    attention: str = "dense",
-    remat: str = "none",
-    slices_experts: bool = False,
+    formulation: formulations.Formulation = formulations.PLAIN,
 ) -> LLaDA2:
     """The model with a ShapeDtypeStruct, sharding included, in place of every array.
 
-    Needs `jax.set_mesh(mesh)`. The options are those of `LLaDA2`.
+    Needs `jax.set_mesh(mesh)`. The arguments are those of `LLaDA2`.
     """
-    model = jax.eval_shape(
-        lambda: LLaDA2(
-            cfg,
-            rules,
-            grouped_matmul=grouped_matmul,
-            dispatch=dispatch,
-            attention=attention,
-            remat=remat,
-            slices_experts=slices_experts,
-            rngs=nnx.Rngs(0),
-        )
-    )
+    model = jax.eval_shape(lambda: LLaDA2(cfg, rules, formulation=formulation, rngs=nnx.Rngs(0)))
     mesh = jax.sharding.get_mesh()
 
     # Tracing knows the mesh's shape only; restoring and placing need its devices.

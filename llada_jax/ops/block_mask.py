@@ -4,9 +4,25 @@ The three-part mask of BD3-LM (arXiv:2503.09573, section 3.1) within documents, 
 (arXiv:2512.15745, section 4) trains with it: a predicate, and its dense form.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Form:
+    """What is static about a mask.
+
+    Attributes:
+      block_length: tokens per block, counted from each document's start; None if a document is one
+        block.
+      has_clean_half: whether a row is [x_t ; x_0], two copies of S / 2 positions.
+    """
+
+    block_length: int | None
+    has_clean_half: bool
 
 
 @struct.dataclass
@@ -17,11 +33,14 @@ class MaskTags:
       segment: [B, S], document of the row, from 1; 0 is padding, which only padding sees.
       block: [B, S], diffusion block, counted from the document's start.
       is_clean: [B, S], True in the clean copy x_0, False in the noised copy x_t.
+      form: what the tags follow from besides `segment`, for kernels that are compiled for a form
+        of the mask; None if that is not known.
     """
 
     segment: Int[Array, "B S"]
     block: Int[Array, "B S"]
     is_clean: Bool[Array, "B S"]
+    form: Form | None = struct.field(pytree_node=False, default=None)
 
 
 def allowed(query: MaskTags, key: MaskTags) -> Bool[Array, "B T S"]:

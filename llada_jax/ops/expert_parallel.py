@@ -95,7 +95,7 @@ def expert_mlp(
       dispatch: how tokens reach their experts.
 
     Raises:
-      ValueError: "replicated", where the rules split the batch over the experts' axis.
+      ValueError: "replicated", where the rules split the batch over several ranks of experts.
     """
     leading = () if layer is None else ("layers",)
     batch_spec = rules.spec("batch", None, None)
@@ -106,7 +106,7 @@ def expert_mlp(
     down_proj = jax.reshard(down_proj, out_spec)
     expert_axes = sharding.axis_names(rules.expert)
     is_split = bool(set(expert_axes) & set(sharding.axis_names(rules.batch)))
-    if is_split and dispatch.algorithm == "replicated":
+    if is_split and dispatch.algorithm == "replicated" and sharding.axis_size(rules.expert) > 1:
         raise ValueError(
             "dispatch 'replicated' needs every device of the expert axis to see the same tokens, "
             f"and these rules split the batch over {rules.batch}; choose another of {ALGORITHMS}"

@@ -7,14 +7,20 @@ Dimension letters: `M` rows, `G` groups, `A` all matrices of the stack.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.megablox import ops as megablox
 from jaxtyping import Array, Float, Int
 
 from llada_jax.ops import activations, placement
 
-IMPLEMENTATIONS = ("ragged_dot", "blocks")
+IMPLEMENTATIONS = ("ragged_dot", "blocks", "megablox", "megablox_emulated")
+
+# Rows, contracted and resulting columns of the kernel's tiles, at most.
+_MEGABLOX_TILES = (512, 1024, 1024)
+_LANES = 128
 
 
 def default_implementation(platform: str) -> str:
@@ -31,7 +37,7 @@ def row_alignment(implementation: str, num_rows: int, num_groups: int) -> int:
     "blocks" multiplies blocks of this many rows. A quarter more than the average group lets most
     groups fit into one block, which reads their matrices once, with little padding.
     """
-    if implementation == "ragged_dot":
+    if implementation != "blocks":
         return 1
     average = num_rows / max(num_groups, 1)
     return min(max(-(-int(1.25 * average) // 8) * 8, 8), 128)
@@ -62,19 +68,24 @@ def grouped_mlp(
         to no group, and their results are unspecified.
       group_offset: index in the stacks of the first group's matrices.
       row_alignment: see the function of that name.
-      implementation: "ragged_dot" (`lax.ragged_dot`: a grouped kernel on TPUs) or "blocks" (a loop
-        over blocks of rows, fast on CPUs; its reverse mode keeps no activations).
+      implementation: "ragged_dot" (`lax.ragged_dot`: a grouped kernel on TPUs), "blocks" (a loop
+        over blocks of rows, fast on CPUs; its reverse mode keeps no activations), "megablox" (the
+        Pallas kernel for TPUs of that name) or "megablox_emulated" (for tests without one).
     """
-    if implementation == "ragged_dot":
-        taken = placement.rows_of_tokens(x, rows)
-        return _ragged_dot(taken, (gate_proj, up_proj, down_proj), group_sizes, group_offset)
+    matrices = (gate_proj, up_proj, down_proj)
     if implementation == "blocks":
-        matrices = (gate_proj, up_proj, down_proj)
         return _blocks(x, rows.tokens, matrices, group_sizes, group_offset, row_alignment)
-    raise ValueError(f"implementation {implementation!r} is not one of {IMPLEMENTATIONS}")
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation {implementation!r} is not one of {IMPLEMENTATIONS}")
+    product = jax.lax.ragged_dot
+    if implementation != "ragged_dot":
+        product = functools.partial(_megablox, interpret=implementation == "megablox_emulated")
+    taken = placement.rows_of_tokens(x, rows)
+    return _three_products(product, taken, matrices, group_sizes, group_offset)
 
 
-def _ragged_dot(
+def _three_products(
+    product: Callable[[Array, Array, Array], Array],
     rows: Array,
     matrices: tuple[Array, Array, Array],
     group_sizes: Array,
@@ -85,10 +96,25 @@ def _ragged_dot(
         w if w.shape[0] == count else jax.lax.dynamic_slice_in_dim(w, group_offset, count)
         for w in matrices
     )
-    hidden = activations.swiglu(
-        jax.lax.ragged_dot(rows, gate, group_sizes), jax.lax.ragged_dot(rows, up, group_sizes)
+    hidden = activations.swiglu(product(rows, gate, group_sizes), product(rows, up, group_sizes))
+    return product(hidden, down, group_sizes)
+
+
+def _megablox(rows: Array, matrices: Array, group_sizes: Array, *, interpret: bool) -> Array:
+    """The kernel leaves rows beyond the groups unwritten: in its result, and in its gradients."""
+    num_rows = rows.shape[0]
+    is_owned = jnp.arange(num_rows) < jnp.sum(group_sizes)
+    rows = jnp.where(is_owned[:, None], rows, 0)
+    sizes = (num_rows, *matrices.shape[1:])
+    tiles = tuple(
+        min(tile, -(-size // _LANES) * _LANES)
+        for tile, size in zip(_MEGABLOX_TILES, sizes, strict=True)
     )
-    return jax.lax.ragged_dot(hidden, down, group_sizes)
+    padded = jnp.pad(rows, ((0, -num_rows % tiles[0]), (0, 0)))
+    out = megablox.gmm(
+        padded, matrices, group_sizes, rows.dtype, tiles, None, None, False, interpret
+    )
+    return out[:num_rows]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

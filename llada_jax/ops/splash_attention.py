@@ -28,8 +28,6 @@ def splash_attention(
     value: Float[Array, "B S K H"],
     tags: block_mask.MaskTags,
     *,
-    block_length: int | None,
-    has_clean_half: bool,
     context_axis: str | None = None,
     tile_length: int | None = None,
     interpret: bool = False,
@@ -41,18 +39,15 @@ def splash_attention(
     key-value head n // (N / K). Queries are scaled before the product, in their own dtype. A
     position of padding sees padding only, though not all that `dense` lets it see.
 
-    The mask is told from `tags.segment` and the two static arguments. A row whose other tags say
-    something else (`splash_mask.is_representable`), as when blocks were counted with another
-    length, comes out as NaN: take `tile_attention` for such masks.
+    The mask is told from `tags.segment` and `tags.form`. A row whose other tags say something else
+    (`splash_mask.is_representable`), as when blocks were counted with another length, comes out as
+    NaN: take `tile_attention` for such masks.
 
     Args:
       query: queries after rotation.
       key: keys after rotation.
       value: values.
       tags: who may attend to whom.
-      block_length: tokens per block, counted from each document's start; None if a document is one
-        block.
-      has_clean_half: whether a row is [x_t ; x_0], two copies of S / 2 positions.
       context_axis: mesh axis over which positions are split, folded as `context_parallel` says;
         None if every rank has whole rows.
       tile_length: side of a tile, a multiple of 128; S need not be a multiple.
@@ -60,8 +55,11 @@ def splash_attention(
       rules: how rows and heads are split over the mesh.
 
     Raises:
-      ValueError: the sizes do not fit the kernel's tiles or the ranks.
+      ValueError: the sizes do not fit the kernel's tiles or the ranks, or the tags have no form.
     """
+    if tags.form is None:
+        raise ValueError("tags.form: splash attention is compiled for a form of the mask; give it")
+    has_clean_half = tags.form.has_clean_half
     length, tile = query.shape[1], tile_length or DEFAULT_TILE_LENGTH
     tile = min(tile, -(-length // _LANES) * _LANES)
     if context_axis is not None:
@@ -75,7 +73,10 @@ def splash_attention(
             "equal length; change the row's length, or take tile attention"
         )
     layout = splash_mask.Layout(
-        length=length, block_length=block_length, has_clean_half=has_clean_half, tile=tile
+        length=length,
+        block_length=tags.form.block_length,
+        has_clean_half=has_clean_half,
+        tile=tile,
     )
     plan = _Plan(layout=layout, context_axis=context_axis, interpret=interpret, rules=rules)
     return _attention(query, key, value, tags, plan)

@@ -6,7 +6,6 @@ import pathlib
 from llada_jax import checkpoint, config, sharding
 from llada_jax.data import tokenizer as tokenizers
 from llada_jax.model import transformer
-from llada_jax.ops import grouped_matmul
 from llada_jax.train import options
 
 
@@ -60,8 +59,5 @@ def abstract_model(
     return transformer.abstract_model(
         cfg.replace(dtype="float32"),
         sharding.TRAIN_RULES,
-        grouped_matmul=opts.grouped_matmul or grouped_matmul.default_implementation(platform),
-        attention=opts.attention,
-        remat=opts.remat,
-        slices_experts=True,
+        opts.formulation(platform),
     )

@@ -89,7 +89,7 @@ class _Run:
         self.workdir: pathlib.Path = workdir
         self.mesh, self.sampler = mesh, sampler
         self.model_cfg, tokenizer = architecture.with_tokenizer(cfg.model)
-        cfg.mesh.validate(self.model_cfg)
+        sharding.check_fits(cfg.mesh, self.model_cfg, sharding.TRAIN_RULES)
         self.tokenizer_folder = architecture.tokenizer_folder(cfg.model)
         self.goals = {
             phase: goals.goal_of(phase, cfg.noise, self.model_cfg, tokenizer)

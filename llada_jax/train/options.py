@@ -11,7 +11,8 @@ from typing import Any
 
 import dacite
 
-from llada_jax import config
+from llada_jax import config, sharding
+from llada_jax.model import formulation
 from llada_jax.train import schedule
 
 OBJECTIVES = ("block_diffusion", "masked_diffusion", "autoregressive", "autoregressive_same")
@@ -148,23 +149,37 @@ class ComputeOptions:
     Attributes:
       dtype: of activations and of the copy of the parameters that is multiplied. The parameters
         themselves, moments and gradients' sums are float32, and so is the router.
-      attention: "tiles" leaves out the empty tiles of the mask, "dense" builds it whole.
-      grouped_matmul: see `ops.grouped_matmul`; None picks the backend's measured default.
+      attention: "tiles" leaves out the empty tiles of the mask, "splash" does so in a kernel for
+        TPUs, "dense" builds the mask whole. Here and in the next two, None is the backend's
+        default.
+      grouped_matmul: see `ops.grouped_matmul`.
+      dispatch: how tokens reach their experts, see `ops.expert_parallel`.
       remat: what the backward pass computes again: "none", "dots" or "full".
     """
 
     dtype: str = "bfloat16"
-    attention: str = "tiles"
+    attention: str | None = None
     grouped_matmul: str | None = None
+    dispatch: str | None = None
     remat: str = "full"
 
     def __post_init__(self) -> None:
         if self.dtype not in config.DTYPES:
             raise ValueError(f"compute.dtype: {self.dtype!r} is not one of {config.DTYPES}")
-        if self.attention not in ("tiles", "dense"):
-            raise ValueError(f"compute.attention: {self.attention!r} is not 'tiles' or 'dense'")
-        if self.remat not in ("none", "dots", "full"):
-            raise ValueError(f"compute.remat: {self.remat!r} is not 'none', 'dots' or 'full'")
+        try:
+            self.formulation("cpu")
+        except ValueError as error:
+            raise ValueError(f"compute.{error}") from error
+
+    def formulation(self, platform: str) -> formulation.Formulation:
+        """How the model is computed on a backend ("cpu", "tpu", "gpu")."""
+        return formulation.for_training(
+            platform,
+            grouped_matmul=self.grouped_matmul,
+            dispatch=self.dispatch,
+            attention=self.attention,
+            remat=self.remat,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -288,12 +303,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.phases:
             raise ValueError("phases: none given; a run needs at least one")
-        rows = self.mesh.data * self.mesh.fsdp * self.accumulation
+        row_axes = sharding.axis_names(sharding.TRAIN_RULES.batch)
+        rows = sharding.num_shards(row_axes, dataclasses.asdict(self.mesh)) * self.accumulation
         if self.batch_size < 1 or self.batch_size % rows:
             raise ValueError(
                 f"batch_size: {self.batch_size} is not divisible by {rows}, the product of mesh "
-                f"axes data {self.mesh.data} and fsdp {self.mesh.fsdp} and accumulation "
-                f"{self.accumulation}"
+                f"axes {', '.join(row_axes)} of {self.mesh} and accumulation {self.accumulation}"
             )
         profiled = self.log.profile_first_step
         if profiled is not None and not 0 <= profiled < self.num_steps:

@@ -39,14 +39,12 @@ def devices(chip: str):
 
 
 def function(
-    form: str, has_clean_half: bool, tile_length: int | None, context_axis: str | None
+    form: str, tile_length: int | None, context_axis: str | None
 ) -> Callable[..., jax.Array]:
     """Attention of one form, (query, key, value, tags) -> out."""
     if form == "splash":
         return functools.partial(
             splash_attention.splash_attention,
-            block_length=32,
-            has_clean_half=has_clean_half,
             tile_length=tile_length,
             context_axis=context_axis,
             rules=RULES,
@@ -83,8 +81,9 @@ def compile_attention(
     dtypes = {"segment": jnp.int32, "block": jnp.int32, "is_clean": jnp.bool}
     spec = jax.P(batch, positions)
     arrays: dict[str, Any] = {n: array((1, length), d, spec) for n, d in dtypes.items()}
-    tags = block_mask.MaskTags(**arrays)
-    attend = function(form, has_clean_half, tile_length, positions)
+    mask_form = block_mask.Form(block_length=32, has_clean_half=has_clean_half)
+    tags = block_mask.MaskTags(**arrays, form=mask_form)
+    attend = function(form, tile_length, positions)
 
     def with_gradients(query, key, value, tags, d_out):
         out, pull = jax.vjp(lambda *inputs: attend(*inputs, tags), query, key, value)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llada_jax import config
+from llada_jax import config, sharding
 from llada_jax.config import model as model_config
 from llada_jax.config import presets
 
@@ -150,19 +150,20 @@ def test_an_unknown_preset_names_the_known_ones():
     [
         ("1,1,1,8", "num_key_value_heads: 4 is not divisible by the 8 devices of mesh axis"),
         ("1,1,3,1", "num_experts: 256 is not divisible by the 3 devices of mesh axis 'expert'"),
-        ("1,3,1,1", "hidden_size: 2048 is not divisible by the 3 devices of mesh axis 'fsdp'"),
+        ("1,3,1,1", "hidden_size: 2048 is not divisible by the 3 devices of mesh axis 'fsdp';"),
         ("1,1,1", "four sizes"),
         ("1,1,1,x", "four sizes"),
         ("0,1,1,1", "mesh axis data: 0 must be >= 1"),
     ],
 )
 def test_meshes_that_do_not_fit_are_refused_by_name(sizes, message):
+    model = config.ModelConfig.preset("mini")
     with pytest.raises(ValueError, match=message):
-        config.MeshConfig.parse(sizes).validate(config.ModelConfig.preset("mini"))
+        sharding.check_fits(config.MeshConfig.parse(sizes), model, sharding.TRAIN_RULES)
 
 
 def test_meshes_that_fit():
     mesh = config.MeshConfig.parse("2,4,16,2")
-    mesh.validate(config.ModelConfig.preset("mini"))
+    sharding.check_fits(mesh, config.ModelConfig.preset("mini"), sharding.TRAIN_RULES)
     assert mesh.shape == (2, 4, 16, 2)
     assert mesh.num_devices == 256

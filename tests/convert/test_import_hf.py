@@ -8,8 +8,10 @@ from flax import nnx
 
 from llada_convert import binding, errors, import_hf, regions
 from llada_jax import checkpoint, config, sharding
-from llada_jax.model import transformer
+from llada_jax.model import formulation, transformer
 from tests.convert import conftest
+
+IN_BLOCKS = formulation.Formulation(grouped_matmul="blocks")
 
 MESHES = ["1,1,1,1", "1,4,2,1", "1,1,8,1"]
 
@@ -106,8 +108,12 @@ def test_loading_from_either_side_gives_the_same_model(golden, tmp_path, mesh, r
     # Chunks so small that every kind of cut occurs.
     import_hf.import_checkpoint(source, tmp_path / "out", mesh=mesh, rules=rules, chunk_bytes=900)
     with jax.set_mesh(sharding.make_mesh(mesh)):
-        imported = checkpoint.load_model(tmp_path / "out", rules=rules, grouped_matmul="blocks")
-        direct = import_hf.load_hf_model(source, rules=rules, grouped_matmul="blocks")
+        imported = checkpoint.load_model(
+            tmp_path / "out",
+            rules=rules,
+            formulation=IN_BLOCKS,
+        )
+        direct = import_hf.load_hf_model(source, rules=rules, formulation=IN_BLOCKS)
     cfg = checkpoint.load_config(source)
     assert_same(arrays(imported), tree_in_numpy(conftest.read_tensors(source), cfg))
     assert_same(arrays(direct), arrays(imported))

@@ -22,13 +22,23 @@ FEW = [
     "llada2/gen20_eos_early_b8_p13_f32.npz",
     "llada2/gen21_b8_t70_e50_mp16_p13_f32.npz",
 ]
-CASES = [(mesh, name) for mesh in ("1,1,1,1", "2,1,2,2") for name in FILES]
-CASES += [(mesh, name) for mesh in ("1,4,2,1", "1,1,8,1") for name in FEW]
+CASES = [("1,1,1,1", None, name) for name in FILES]
+CASES += [
+    (mesh, dispatch, name)
+    for mesh, dispatch in (
+        ("2,1,2,2", None),
+        ("1,4,2,1", None),
+        ("1,1,8,1", None),
+        ("1,1,4,2", "all_gather"),
+        ("1,2,4,1", "group_aligned"),
+    )
+    for name in FEW
+]
 
 
 @functools.cache
-def generator(model, mesh):
-    return generate.Generator.from_pretrained(conftest.GOLDEN / model, mesh=mesh)
+def generator(model, mesh, dispatch=None):
+    return generate.Generator.from_pretrained(conftest.GOLDEN / model, mesh=mesh, dispatch=dispatch)
 
 
 def arguments(name, entry):
@@ -54,13 +64,13 @@ def replay(events, prompt, recorded, kwargs):
     return np.array([*trajectory, canvas])
 
 
-@pytest.mark.parametrize(("mesh", "name"), CASES)
-def test_cached_sampler_follows_the_recorded_trajectory(golden, mesh, name):
+@pytest.mark.parametrize(("mesh", "dispatch", "name"), CASES)
+def test_cached_sampler_follows_the_recorded_trajectory(golden, mesh, dispatch, name):
     entry, recorded = FILES[name], np.load(golden / name)
     kwargs = arguments(name, entry)
     with jax.default_matmul_precision("highest"):
         events = list(
-            generator(entry["model"], mesh).stream(
+            generator(entry["model"], mesh, dispatch).stream(
                 recorded["prompt"].tolist(), denoising=True, **kwargs
             )
         )

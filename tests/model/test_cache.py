@@ -1,5 +1,7 @@
 """The cache: what is read from it equals what one pass over the whole text computes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,20 +12,32 @@ from llada_jax import config, sharding
 from llada_jax.diffusion import masks
 from llada_jax.generate import batching
 from llada_jax.model import cache as kv_cache
+from llada_jax.model import formulation
 
 RULES = sharding.SERVE_RULES
 BLOCK = 8
+IN_BLOCKS = formulation.Formulation(grouped_matmul="blocks")
 
 
-@pytest.fixture(scope="module", params=[(1, 1, 1, 1), (2, 1, 2, 2)], ids=str)
+KERNEL = dataclasses.replace(IN_BLOCKS, cache_attention="kernel", interprets_kernels=True)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[((1, 1, 1, 1), IN_BLOCKS), ((2, 1, 2, 2), IN_BLOCKS), ((2, 1, 2, 2), KERNEL)],
+    ids=["alone", "mesh", "mesh, kernel"],
+)
 def model_on_mesh(request, golden):
-    """The golden model on a mesh."""
+    """The golden model on a mesh, in a formulation."""
+    shape, chosen = request.param
     mesh = sharding.make_mesh(
-        config.MeshConfig(**dict(zip(sharding.MESH_AXES, request.param, strict=True)))
+        config.MeshConfig(**dict(zip(sharding.MESH_AXES, shape, strict=True)))
     )
     with jax.set_mesh(mesh):
         model = import_hf.load_hf_model(
-            golden / "llada2_tiny_f32", rules=RULES, grouped_matmul="blocks"
+            golden / "llada2_tiny_f32",
+            rules=RULES,
+            formulation=chosen,
         )
     return model, mesh
 

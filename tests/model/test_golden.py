@@ -9,6 +9,7 @@ import pytest
 from llada_convert import import_hf
 from llada_jax import config, sharding
 from llada_jax.generate import batching
+from llada_jax.model import formulation
 from tests import conftest
 
 RULES = sharding.SERVE_RULES
@@ -34,7 +35,7 @@ def run(directory, file, mesh_shape, grouped_matmul, rules=RULES):
     axes = dict(zip(sharding.MESH_AXES, mesh_shape, strict=True))
     mesh = sharding.make_mesh(config.MeshConfig(**axes))
     rows = recorded["input_ids"].shape[0]
-    copies = mesh_shape[0] * mesh_shape[1]
+    copies = sharding.num_shards(rules.batch, axes)
 
     def forward(model, tokens, positions, mask):
         hidden, _, inner = model.hidden_states(tokens, positions=positions, mask=mask)
@@ -42,7 +43,12 @@ def run(directory, file, mesh_shape, grouped_matmul, rules=RULES):
 
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         model = import_hf.load_hf_model(
-            f"{directory}/{name}", rules=rules, grouped_matmul=grouped_matmul
+            f"{directory}/{name}",
+            rules=rules,
+            formulation=formulation.Formulation(
+                grouped_matmul=grouped_matmul,
+                dispatch="replicated" if rules == RULES else "all_gather",
+            ),
         )
         # Rows repeat until the mesh divides them.
         arrays = [
@@ -53,7 +59,7 @@ def run(directory, file, mesh_shape, grouped_matmul, rules=RULES):
                 recorded["allowed_mask"][:, 0],
             )
         ]
-        embed, hidden, inner, logits = jax.jit(forward)(model, *batching.put_rows(arrays, RULES))
+        embed, hidden, inner, logits = jax.jit(forward)(model, *batching.put_rows(arrays, rules))
         residual, attention, mlp = (
             np.concatenate([np.asarray(getattr(i, part), np.float32) for i in inner])[:, :rows]
             for part in ("residual", "attention", "mlp")

@@ -9,19 +9,21 @@ import pytest
 from flax import nnx
 
 from llada_jax import config, sharding
-from llada_jax.model import transformer
+from llada_jax.model import formulation, transformer
 from llada_jax.ops import block_mask, cross_entropy
 
 RULES = sharding.TRAIN_RULES
 MESHES = {
     "1111": config.MeshConfig(),
     "2122": config.MeshConfig(data=2, expert=2, tensor=2),
+    "1222": config.MeshConfig(fsdp=2, expert=2, tensor=2),
     "1421": config.MeshConfig(fsdp=4, expert=2),
     "1181": config.MeshConfig(expert=8),
 }
-ROWS, LENGTH, BLOCK = 4, 18, 4
+ROWS, LENGTH, BLOCK = 8, 18, 4
 PLAIN = {"grouped_matmul": "ragged_dot"}
 TILES = {"attention": "tiles"}
+SPLASH = {"attention": "splash", "interprets_kernels": True}
 BLOCKS = {"grouped_matmul": "blocks", "slices_experts": True}
 VARIANTS = {
     "tiles": ("1111", TILES | {"remat": "dots"}),
@@ -31,6 +33,11 @@ VARIANTS = {
     "blocks on 2122": ("2122", TILES | BLOCKS | {"remat": "dots"}),
     "blocks on 1421": ("1421", TILES | BLOCKS | {"remat": "full"}),
     "blocks on 1181": ("1181", TILES | BLOCKS),
+    "splash": ("1111", SPLASH | {"remat": "full"}),
+    "splash, tokens travel by group": (
+        "1222",
+        SPLASH | BLOCKS | {"remat": "full", "dispatch": "group_aligned"},
+    ),
 }
 # Compiling takes nearly all of the time, and such small programs gain nothing from optimisation.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -41,9 +48,14 @@ def tiny_config(**changes):
     return dataclasses.replace(config.ModelConfig.preset("tiny"), **changes)
 
 
+def formulation_of(options):
+    """Rows are split over experts, so that tokens travel."""
+    return formulation.Formulation(**({"dispatch": "all_gather"} | options))
+
+
 def random_model(cfg, mesh, **options):
     """A model of NumPy weights, the same on any mesh."""
-    model = transformer.abstract_model(cfg, RULES, **options)
+    model = transformer.abstract_model(cfg, RULES, formulation_of(options))
     rng = np.random.default_rng(0)
 
     def draw(leaf):
@@ -63,6 +75,7 @@ def batch():
         segment=np.tile(segment, (ROWS, 2)).astype(np.int32),
         block=np.tile(place // BLOCK, (ROWS, 2)).astype(np.int32),
         is_clean=np.tile(np.repeat([False, True], LENGTH), (ROWS, 1)),
+        form=block_mask.Form(block_length=BLOCK, has_clean_half=True),
     )
     vocab = tiny_config().vocab_size
     return {
@@ -95,9 +108,12 @@ def loss_of(model, batch):
     )
     routing = intermediates[-1].routing
     assert routing is not None
-    z_loss = jnp.mean(jnp.square(jax.nn.logsumexp(routing.logits, axis=-1)))
+    is_real = batch["tags"].segment > 0  # What padding sees is not said.
+    squares = jnp.square(jax.nn.logsumexp(routing.logits, axis=-1))
+    z_loss = jnp.mean(squares, where=is_real)
     per_token = found.nll + 0.5 * jnp.where(found.is_correct, found.entropy, 0.0)
-    return jnp.sum(batch["weights"] * per_token) / (ROWS * LENGTH) + 0.1 * z_loss
+    weights = batch["weights"] * is_real[:, :length]
+    return jnp.sum(weights * per_token) / (ROWS * LENGTH) + 0.1 * z_loss
 
 
 def gradients(mesh_name, options):
@@ -143,14 +159,13 @@ def test_gradients_are_the_same(wanted, mesh, options):
         )
 
 
-@pytest.mark.parametrize("option", [{"attention": "sparse"}, {"remat": "some"}])
+@pytest.mark.parametrize(
+    "option", [{"attention": "sparse"}, {"remat": "some"}, {"dispatch": "none"}]
+)
 def test_an_unknown_option_is_refused_with_the_known_ones(option):
     (name,) = option
-    with (
-        jax.set_mesh(sharding.make_mesh()),
-        pytest.raises(ValueError, match=f"{name}: .* is not one of"),
-    ):
-        transformer.abstract_model(tiny_config(), RULES, **option)
+    with pytest.raises(ValueError, match=f"{name}: .* is not one of"):
+        formulation.Formulation(**option)
 
 
 def temporary_bytes(num_layers, length, **options):
@@ -158,7 +173,7 @@ def temporary_bytes(num_layers, length, **options):
     cfg = tiny_config(num_hidden_layers=num_layers)
     mesh = sharding.make_mesh()
     with jax.set_mesh(mesh):
-        model = transformer.abstract_model(cfg, RULES, **options)
+        model = transformer.abstract_model(cfg, RULES, formulation_of(options))
         graph, params, rest = nnx.split(model, nnx.Param, ...)
 
         def loss(params, rest, batch):

@@ -30,7 +30,7 @@ def lowered_programs(preset: str, slice_name: str, mesh_text: str, batch: int, c
     """Lowers prefill (512 tokens) and decode_block; yields name, lowered, bytes of the cache."""
     cfg = config.ModelConfig.preset(preset)
     mesh_config = config.MeshConfig.parse(mesh_text)
-    mesh_config.validate(cfg)
+    sharding.check_fits(mesh_config, cfg, sharding.SERVE_RULES)
     mesh = sharding.make_mesh(mesh_config, topology(slice_name).devices)
 
     def array(shape, dtype, *axes):

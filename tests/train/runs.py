@@ -9,7 +9,7 @@ import numpy as np
 from llada_jax import config, sharding
 from llada_jax.data import token_store
 from llada_jax.diffusion import noise, objective
-from llada_jax.model import transformer
+from llada_jax.model import formulation, transformer
 from llada_jax.train import optimizer, options, schedule
 from llada_jax.train import state as state_lib
 from llada_jax.train import step as step_lib
@@ -121,9 +121,11 @@ class Stepper:
             model = transformer.abstract_model(
                 MODEL,
                 sharding.TRAIN_RULES,
-                grouped_matmul=self.implementation,
-                attention="dense",
-                slices_experts=True,
+                formulation.Formulation(
+                    grouped_matmul=self.implementation,
+                    dispatch="all_gather",
+                    slices_experts=True,
+                ),
             )
             self.graph = state_lib.split_model(model)[0]
             self.optimizer = optimizer.make_optimizer(options.OptimizerOptions(), self.router)

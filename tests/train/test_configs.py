@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from llada_jax import config
+from llada_jax import config, sharding
 from llada_jax.model import transformer
 from llada_jax.train import architecture, goals, options
 
@@ -43,7 +43,7 @@ def test_there_are_configs():
 def test_a_config_can_start(path):
     cfg = read(path)
     model = model_of(cfg)
-    cfg.mesh.validate(model)
+    sharding.check_fits(cfg.mesh, model, sharding.TRAIN_RULES)
     row_length = cfg.data.packing.row_length
     assert row_length <= model.max_position_embeddings
     for phase in cfg.phases:
