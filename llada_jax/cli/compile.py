@@ -21,8 +21,9 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from llada_jax import config
+from llada_jax import config, sharding
 from llada_jax.generate import request
+from llada_jax.ops import expert_parallel, grouped_matmul
 from llada_jax.plan import compiled, hardware, report, sampling, sweep, training
 from llada_jax.train import architecture, options
 
@@ -72,7 +73,7 @@ def plan(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
     where = hardware.find_slice(args.topology)
     if args.program == _TRAIN_STEP:
         cfg = train_config(args, overrides)
-        cfg.mesh.validate(architecture.model_config(cfg.model))
+        sharding.check_fits(cfg.mesh, architecture.model_config(cfg.model), sharding.TRAIN_RULES)
         mesh = hardware.make_mesh(where, cfg.mesh)
         program = training.training_program(cfg, mesh, phase=args.phase)
     else:
@@ -89,6 +90,8 @@ def plan(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
                 chunk_tokens=args.chunk_tokens,
                 block_length=args.block_length,
                 strategy=args.strategy,
+                grouped_matmul=args.grouped_matmul,
+                dispatch=args.dispatch,
             ),
         )
     flags_of_chip = {} if where.chip is None else where.chip.compiler_options
@@ -159,13 +162,15 @@ def _sweep(args: argparse.Namespace, overrides: Sequence[str], where: hardware.S
     if args.program == _TRAIN_STEP:
         cfg = train_config(args, overrides)
         model_cfg, batch = architecture.model_config(cfg.model), cfg.batch_size
+        rules = sharding.TRAIN_RULES
     else:
         model_cfg, batch = model_config(args, overrides), args.batch or 16
+        rules = sharding.serve_rules(splits_rows=args.dispatch not in (None, "replicated"))
     meshes = [config.MeshConfig.parse(text) for text in args.meshes]
     points = sweep.points(
         where,
         model_cfg,
-        is_training=args.program == _TRAIN_STEP,
+        rules,
         meshes=meshes,
         batches=args.batches or [batch],
     )
@@ -175,6 +180,8 @@ def _sweep(args: argparse.Namespace, overrides: Sequence[str], where: hardware.S
         *("--strategy", args.strategy),
         *(["--model", args.model] if args.model else []),
         *(["--phase", args.phase] if args.phase else []),
+        *(["--dispatch", args.dispatch] if args.dispatch else []),
+        *(["--grouped-matmul", args.grouped_matmul] if args.grouped_matmul else []),
         *(["--block-length", str(args.block_length)] if args.block_length else []),
         *overrides,
     ]
@@ -231,6 +238,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--chunk-tokens", type=int, default=512, help="positions of a prefill pass")
     made.add_argument("--block-length", type=int, help="tokens; default: the model's")
     made.add_argument("--strategy", choices=sorted(request.STRATEGIES), default="fixed")
+    for name, known in (
+        ("--dispatch", expert_parallel.ALGORITHMS),
+        ("--grouped-matmul", grouped_matmul.IMPLEMENTATIONS),
+    ):
+        made.add_argument(name, choices=known, help="of sampling; default: the backend's")
     made.add_argument("--json", metavar="FILE", help="write all figures there; - is stdout")
     made.add_argument("--sweep", action="store_true", help="try meshes and batch sizes")
     made.add_argument(

@@ -15,14 +15,13 @@ import numpy as np
 from llada_jax import config, sharding
 from llada_jax.generate import batching, programs, request
 from llada_jax.model import cache as kv_cache
+from llada_jax.model import formulation as formulations
 from llada_jax.model import transformer
-from llada_jax.ops import grouped_matmul
 from llada_jax.plan import program as program_lib
 from llada_jax.plan import traffic
 from llada_jax.train import flops
 
-NAMES = ("prefill", "denoise_block", "commit_block")
-RULES = sharding.SERVE_RULES
+NAMES = ("prefill", "denoise_block", "commit_block", "decode_block")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +34,8 @@ class SamplingSizes:
       chunk_tokens: positions per forward pass of prefill.
       block_length: tokens per block; None takes the model's.
       strategy: name of the rule that accepts tokens, see `generate.request`.
+      grouped_matmul: of the experts' products; None takes the backend's default.
+      dispatch: how tokens reach their experts; None takes the backend's default.
     """
 
     batch: int = 16
@@ -42,15 +43,19 @@ class SamplingSizes:
     chunk_tokens: int = 512
     block_length: int | None = None
     strategy: str = "fixed"
+    grouped_matmul: str | None = None
+    dispatch: str | None = None
 
 
-def sampling_model(cfg: config.ModelConfig, platform: str) -> transformer.LLaDA2:
+def sampling_model(
+    cfg: config.ModelConfig, sizes: SamplingSizes, platform: str
+) -> transformer.LLaDA2:
     """The model as `Generator.from_pretrained` builds it on such devices; needs `jax.set_mesh`."""
-    return transformer.abstract_model(
-        cfg,
-        RULES,
-        grouped_matmul=grouped_matmul.default_implementation(platform),
+    formulation = formulations.for_sampling(
+        platform, grouped_matmul=sizes.grouped_matmul, dispatch=sizes.dispatch
     )
+    rules = sharding.serve_rules(splits_rows=formulation.dispatch != "replicated")
+    return transformer.abstract_model(cfg, rules, formulation)
 
 
 def sampling_program(
@@ -58,9 +63,14 @@ def sampling_program(
 ) -> program_lib.Program:
     """Traces a program of sampling.
 
+    What is told of `decode_block` is told of a denoising step in it: the commit at its end, which
+    a branch leads to, is left out.
+
     Raises:
       ValueError: sizes do not fit the model or the mesh.
     """
+    fits = sharding.SERVE_RULES  # splits no dimension of the model otherwise than with rows split
+    sharding.check_fits(config.MeshConfig(**dict(mesh.shape)), cfg, fits)
     job = batching.Job(
         0,
         (0,),
@@ -69,14 +79,15 @@ def sampling_program(
         ).resolve(cfg),
     )
     block = job.block_length
-    _check_sampling(sizes, cfg, mesh, block)
     with jax.set_mesh(mesh):
-        model = sampling_model(cfg, mesh.devices.flat[0].platform)
+        model = sampling_model(cfg, sizes, mesh.devices.flat[0].platform)
+        rules = model.rules
+        _check(sizes, cfg, mesh, rules, block)
         cache = program_lib.on_mesh(
             jax.eval_shape(
                 lambda: kv_cache.init_cache(
                     cfg,
-                    RULES,
+                    rules,
                     batch=sizes.batch,
                     capacity_tokens=sizes.cache_tokens,
                     dtype=cfg.dtype,
@@ -85,7 +96,7 @@ def sampling_program(
         )
 
         def rows(tree: Any) -> Any:
-            return program_lib.on_mesh(tree, lambda x: RULES.spec("batch", *[None] * (x.ndim - 1)))
+            return program_lib.on_mesh(tree, lambda x: rules.spec("batch", *[None] * (x.ndim - 1)))
 
         length = sizes.chunk_tokens if name == "prefill" else block
         tokens = rows(np.zeros((sizes.batch, length), np.int32))
@@ -96,20 +107,21 @@ def sampling_program(
             lowered = programs.prefill.lower(model, tokens, start, cache, block_length=block)
         elif name == "commit_block":
             lowered = programs.commit_block.lower(model, tokens, start, cache)
-        elif name == "denoise_block":
+        elif name in ("denoise_block", "decode_block"):
             mask_id = program_lib.on_mesh(np.zeros((), np.int32), lambda _: jax.P())
-            lowered = programs.denoise_block.lower(
+            lowered = getattr(programs, name).lower(
                 model, tokens, start, is_active, batch, cache, mask_id, history_steps=0
             )
         else:
             raise ValueError(f"program {name!r} is not one of {NAMES}")
+    has_logits = name in ("denoise_block", "decode_block")
     num_tokens = sizes.batch * length
     before = sizes.cache_tokens - length
     own = flops.allowed_pairs(np.asarray([length]), block, has_clean_half=False)
     work = flops.step_flops(
         cfg,
         input_tokens=num_tokens,
-        predicted_tokens=num_tokens if name == "denoise_block" else 0,
+        predicted_tokens=num_tokens if has_logits else 0,
         pairs=sizes.batch * (length * before + own),
     )
     return program_lib.Program(
@@ -122,6 +134,9 @@ def sampling_program(
             "cache_tokens": sizes.cache_tokens,
             "block_length": block,
             "dtype": cfg.dtype,
+            "grouped_matmul": model.formulation.grouped_matmul,
+            "dispatch": model.formulation.dispatch,
+            "cache_attention": model.formulation.cache_attention,
         },
         argument_bytes={
             "parameters": program_lib.device_bytes(model),
@@ -136,31 +151,45 @@ def sampling_program(
             weights=program_lib.device_bytes,
             cache_bytes=program_lib.device_bytes(cache),
             device_tokens=math.prod(tokens.sharding.shard_shape(tokens.shape)),
-            written_share=0 if name == "denoise_block" else length / sizes.cache_tokens,
-            logits_bytes=device_logits_bytes(cfg, tokens) if name == "denoise_block" else 0,
+            expert_tokens=num_tokens // _row_shards_beside_experts(rules, mesh),
+            written_share=0 if has_logits else length / sizes.cache_tokens,
+            logits_bytes=device_logits_bytes(cfg, tokens, rules) if has_logits else 0,
         ),
         expected_bytes={},
     )
 
 
-def device_logits_bytes(cfg: config.ModelConfig, tokens: jax.ShapeDtypeStruct) -> int:
+def device_logits_bytes(
+    cfg: config.ModelConfig, tokens: jax.ShapeDtypeStruct, rules: sharding.AxisRules
+) -> int:
     """Bytes of one device's part of the float32 logits of tokens."""
-    spec = RULES.spec("batch", None, "vocab")
+    spec = rules.spec("batch", None, "vocab")
     assert tokens.sharding is not None
     placed = jax.sharding.NamedSharding(tokens.sharding.mesh, spec)
     shape = (*tokens.shape, cfg.vocab_size)
     return program_lib.device_bytes(jax.ShapeDtypeStruct(shape, jnp.float32, sharding=placed))
 
 
-def _check_sampling(
-    sizes: SamplingSizes, cfg: config.ModelConfig, mesh: jax.sharding.Mesh, block: int
+def _row_shards_beside_experts(rules: sharding.AxisRules, mesh: jax.sharding.Mesh) -> int:
+    """Groups of devices that hold all experts between them and see rows of their own."""
+    experts = sharding.axis_names(rules.expert)
+    own = tuple(name for name in sharding.axis_names(rules.batch) if name not in experts)
+    return sharding.num_shards(own, mesh.shape)
+
+
+def _check(
+    sizes: SamplingSizes,
+    cfg: config.ModelConfig,
+    mesh: jax.sharding.Mesh,
+    rules: sharding.AxisRules,
+    block: int,
 ) -> None:
-    config.MeshConfig(**dict(mesh.shape)).validate(cfg)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = sharding.num_shards(rules.batch, mesh.shape)
     if sizes.batch < 1 or sizes.batch % shards:
+        axes = " x ".join(f"{name} {mesh.shape[name]}" for name in sharding.axis_names(rules.batch))
         raise ValueError(
-            f"batch: {sizes.batch} rows do not divide among data {mesh.shape['data']} x fsdp "
-            f"{mesh.shape['fsdp']} of the mesh; choose a multiple of {shards}, or another mesh"
+            f"batch: {sizes.batch} rows do not divide among {axes} of the mesh; choose a multiple "
+            f"of {shards}, or another mesh"
         )
     for name in ("cache_tokens", "chunk_tokens"):
         value = getattr(sizes, name)

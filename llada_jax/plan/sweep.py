@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from llada_jax import config
+from llada_jax import config, sharding
 from llada_jax.plan import hardware
 
 GIB = hardware.GIB
@@ -52,8 +52,8 @@ class Result:
 def points(
     where: hardware.Slice,
     cfg: config.ModelConfig,
+    rules: sharding.AxisRules,
     *,
-    is_training: bool,
     meshes: Sequence[config.MeshConfig],
     batches: Iterable[int],
 ) -> list[Point]:
@@ -62,18 +62,19 @@ def points(
     Args:
       where: the slice.
       cfg: the model, whose sizes the mesh must divide.
-      is_training: training has its rows along `fsdp`, sampling along `data`.
+      rules: how it is split. Those that split parameters by rows have their rows along `fsdp`, the
+        others along `data`.
       meshes: to choose from; if empty, all that divide the model and the slice.
       batches: rows.
 
     Raises:
       ValueError: no mesh fits the model and the slice.
     """
-    found = list(meshes) or _meshes(len(where.devices), is_training=is_training)
+    found = list(meshes) or _meshes(len(where.devices), rules)
     usable = []
     for mesh in found:
         try:
-            mesh.validate(cfg)
+            sharding.check_fits(mesh, cfg, rules)
             hardware.make_mesh(where, mesh)
         except ValueError:
             if meshes:
@@ -89,14 +90,14 @@ def points(
     return [
         Point(mesh=",".join(map(str, mesh.shape)), batch=batch)
         for mesh, batch in itertools.product(usable, rows)
-        if batch % (mesh.data * mesh.fsdp) == 0
+        if batch % sharding.num_shards(rules.batch, dataclasses.asdict(mesh)) == 0
     ]
 
 
-def _meshes(num_devices: int, *, is_training: bool) -> list[config.MeshConfig]:
+def _meshes(num_devices: int, rules: sharding.AxisRules) -> list[config.MeshConfig]:
     """Rows, experts and tensor parallelism in every proportion."""
     sizes = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
-    rows = "fsdp" if is_training else "data"
+    rows = "fsdp" if "fsdp" in sharding.axis_names(rules.embed) else "data"
     return [
         config.MeshConfig(**{rows: num_devices // (e * t), "expert": e, "tensor": t})
         for e, t in itertools.product(sizes, sizes)

@@ -22,6 +22,7 @@ def sampling(
     weights: Callable[[Any], int],
     cache_bytes: int,
     device_tokens: int,
+    expert_tokens: int,
     written_share: float,
     logits_bytes: int,
 ) -> dict[str, float]:
@@ -39,6 +40,7 @@ def sampling(
       weights: bytes of one device's part of placed arrays.
       cache_bytes: of one device's part of the cache.
       device_tokens: of the batch on one device.
+      expert_tokens: of the batch that choose among one device's experts.
       written_share: positions written as a share of the cache's capacity.
       logits_bytes: of one device's part of the logits; 0 where none are needed.
     """
@@ -55,7 +57,7 @@ def sampling(
             rest += size
     touched = 0.0
     if cfg.num_moe_layers:
-        touched = 1 - (1 - cfg.num_experts_per_tok / cfg.num_experts) ** device_tokens
+        touched = 1 - (1 - cfg.num_experts_per_tok / cfg.num_experts) ** expert_tokens
     itemsize = jnp.dtype(cfg.dtype).itemsize
     residual = device_tokens * cfg.hidden_size * itemsize
     return {

@@ -19,7 +19,7 @@ from llada_jax.train import state as state_lib
 from llada_jax.train import step as step_lib
 
 # Parameters as a layer multiplies them: training shares them over `embed`, and gathers that.
-_WHOLE = dataclasses.replace(sharding.TRAIN_RULES, embed=None)
+_WHOLE = dataclasses.replace(sharding.TRAIN_RULES, embed=None, expert_embed=None)
 
 
 def training_program(
@@ -104,7 +104,9 @@ def training_program(
             "objective": chosen.objective,
             "block_length": chosen.block_length,
             "remat": cfg.compute.remat,
-            "attention": cfg.compute.attention,
+            "attention": model.formulation.attention,
+            "grouped_matmul": model.formulation.grouped_matmul,
+            "dispatch": model.formulation.dispatch,
             "dtype": cfg.compute.dtype,
         },
         argument_bytes={

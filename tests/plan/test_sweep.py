@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from llada_jax import config
+from llada_jax import config, sharding
 from llada_jax.plan import hardware, sweep
 
 TINY = config.ModelConfig.preset("tiny")
@@ -23,13 +23,13 @@ def figures(peak: float, limit: float, bound: float) -> dict:
 
 def test_points_are_all_meshes_that_divide():
     where = hardware.find_slice("cpu:8")
-    points = sweep.points(where, TINY, is_training=False, meshes=[], batches=[2, 8])
+    points = sweep.points(where, TINY, sharding.SERVE_RULES, meshes=[], batches=[2, 8])
     meshes = {p.mesh for p in points}
     # Two key-value heads: tensor is 1 or 2. Rows lie along data.
     assert meshes == {"8,1,1,1", "4,1,2,1", "2,1,4,1", "1,1,8,1", "4,1,1,2", "2,1,2,2", "1,1,4,2"}
     # Two rows do not divide among more than two devices of data.
     assert {p.mesh for p in points if p.batch == 2} == {"2,1,4,1", "1,1,8,1", "2,1,2,2", "1,1,4,2"}
-    trained = sweep.points(where, TINY, is_training=True, meshes=[], batches=[8])
+    trained = sweep.points(where, TINY, sharding.TRAIN_RULES, meshes=[], batches=[8])
     assert "1,8,1,1" in {p.mesh for p in trained}
     assert all(p.mesh.startswith("1,") for p in trained)
 
@@ -38,11 +38,11 @@ def test_a_mesh_that_was_asked_for_must_divide():
     where = hardware.find_slice("cpu:8")
     with pytest.raises(ValueError, match="num_attention_heads: 4 is not divisible"):
         sweep.points(
-            where, TINY, is_training=False, meshes=[config.MeshConfig(tensor=8)], batches=[1]
+            where, TINY, sharding.SERVE_RULES, meshes=[config.MeshConfig(tensor=8)], batches=[1]
         )
     odd = hardware.find_slice("cpu:7")
     with pytest.raises(ValueError, match="no mesh of its 7 chips divides the model"):
-        sweep.points(odd, TINY, is_training=True, meshes=[], batches=[7])
+        sweep.points(odd, TINY, sharding.TRAIN_RULES, meshes=[], batches=[7])
 
 
 def test_what_fits_comes_first_by_its_bound_per_token():
