@@ -108,6 +108,11 @@ def batches(jobs: Sequence[Job], max_batch: int) -> Iterator[list[Job]]:
 
 def rows_of(jobs: Sequence[Job], num_rows: int, rules: sharding.AxisRules) -> sampler.Rows:
     """The jobs' numbers as arrays on the mesh; unused rows repeat the first job."""
+    return put_rows(host_rows(jobs, num_rows), rules)
+
+
+def host_rows(jobs: Sequence[Job], num_rows: int) -> sampler.Rows:
+    """As `rows_of`, in numpy arrays."""
     jobs = [*jobs, *[jobs[0]] * (num_rows - len(jobs))]
     params = [job.params for job in jobs]
     num_eos = bucket(max((len(p.eos_ids or ()) for p in params), default=1))
@@ -138,9 +143,7 @@ def rows_of(jobs: Sequence[Job], num_rows: int, rules: sharding.AxisRules) -> sa
         "eos_early_stop": np.asarray([p.eos_early_stop for p in params]),
         "strategy": jax.tree.map(stack, *strategies),
     }
-    return sampler.Rows(
-        sampling=unmask.Sampling(**put_rows(sampling, rules)), **put_rows(rows, rules)
-    )
+    return sampler.Rows(sampling=unmask.Sampling(**sampling), **rows)
 
 
 def put_rows(tree, rules: sharding.AxisRules):

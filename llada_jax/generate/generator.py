@@ -1,6 +1,5 @@
 """`Generator`: a model, its tokenizer and its compiled programs, from prompts to texts."""
 
-import functools
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -12,52 +11,14 @@ import numpy as np
 from llada_convert import import_hf
 from llada_jax import checkpoint, config, sharding
 from llada_jax.data import tokenizer as tokenizers
-from llada_jax.diffusion import masks, sampler
-from llada_jax.generate import batching, request
+from llada_jax.diffusion import masks
+from llada_jax.generate import batching, programs, request
 from llada_jax.generate import progress as progress_lib
 from llada_jax.model import cache as kv_cache
 from llada_jax.model import formulation as formulations
 from llada_jax.model import transformer
 
 Prompt = str | Sequence[int]
-
-
-def _denoiser(model: transformer.LLaDA2) -> sampler.Denoiser[kv_cache.KVCache]:
-    """The model as the sampler sees it: cached lengths and writes follow the positions."""
-
-    def denoise(tokens, positions, mask, cache):
-        start = positions[:, 0]
-        logits, block = model(
-            tokens, positions=positions, mask=mask, cache=cache.replace(length=start)
-        )
-        length = start + tokens.shape[1]
-        return logits, kv_cache.write(cache, block, start, length, model.rules)
-
-    return denoise
-
-
-@functools.partial(jax.jit, static_argnames=("block_length",), donate_argnames=("cache",))
-def _prefill(model, tokens, start, cache, *, block_length):
-    return sampler.prefill(_denoiser(model), tokens, start, cache, block_length=block_length)
-
-
-@functools.partial(jax.jit, static_argnames=("history_steps",), donate_argnames=("cache",))
-def _decode_block(model, tokens, start, is_active, rows, cache, mask_id, *, history_steps):
-    return sampler.decode_block(
-        _denoiser(model),
-        tokens,
-        start,
-        is_active,
-        rows,
-        cache,
-        mask_id=mask_id,
-        history_steps=history_steps,
-    )
-
-
-@jax.jit
-def _logits(model, tokens, positions, mask):
-    return model(tokens, positions=positions, mask=mask)[0]
 
 
 class Generator:
@@ -205,7 +166,7 @@ class Generator:
             tokens, start, is_active = progress_lib.next_blocks(progress, shapes.rows)
             with jax.set_mesh(self.mesh):
                 put = batching.put_rows((tokens, start, is_active), self.rules)
-                state, goes_on, cache = _decode_block(
+                state, goes_on, cache = programs.decode_block(
                     self.model, *put, rows, cache, mask_id, history_steps=history_steps
                 )
                 state, goes_on = jax.device_get((state, goes_on))
@@ -240,7 +201,7 @@ class Generator:
         for first in range(0, prompts.shape[1], chunk):
             start = np.full((shapes.rows,), first, np.int32)
             put = batching.put_rows((prompts[:, first : first + chunk], start), self.rules)
-            cache = _prefill(self.model, *put, cache, block_length=block_length)
+            cache = programs.prefill(self.model, *put, cache, block_length=block_length)
         return cache
 
     def logits(
@@ -309,7 +270,7 @@ class Generator:
                 padded(positions, rows, size),
                 padded(allowed, rows, size, size),
             )
-            out = _logits(self.model, *batching.put_rows(arrays, self.rules))
+            out = programs.logits(self.model, *batching.put_rows(arrays, self.rules))
             return np.asarray(out)[:batch, :length]
 
     @property
@@ -319,8 +280,8 @@ class Generator:
     @staticmethod
     def num_compilations() -> int:
         """Programs compiled by this process for prefill, decoding and logits together."""
-        programs: tuple[Any, ...] = (_prefill, _decode_block, _logits)
-        return sum(program._cache_size() for program in programs)
+        ours: tuple[Any, ...] = (programs.prefill, programs.decode_block, programs.logits)
+        return sum(program._cache_size() for program in ours)
 
     def _jobs(
         self,

@@ -1,7 +1,6 @@
 """A training run, from top to bottom: restore, steps, evaluations, checkpoints, the end."""
 
 import dataclasses
-import functools
 import pathlib
 import time
 from collections.abc import Callable, Mapping
@@ -101,23 +100,7 @@ class _Run:
         )
         self.graph = state_lib.split_model(abstract)[0]
         self.optimizer = optimizer.make_optimizer(cfg.optimizer, cfg.router)
-        self.step_opts = step_lib.StepOptions(
-            loss=cfg.loss,
-            router=cfg.router,
-            bad_step=cfg.bad_step,
-            accumulation=cfg.accumulation,
-            dtype=cfg.compute.dtype,
-        )
-        self.compiled: Any = jax.jit(
-            functools.partial(
-                step_lib.train_step,
-                graph=self.graph,
-                optimizer=self.optimizer,
-                opts=self.step_opts,
-            ),
-            static_argnames=("goal", "has_embedding_noise"),
-            donate_argnames=("state",),
-        )
+        self.compiled: Any = step_lib.jit_step(cfg, self.graph, self.optimizer)
         self.row_sharding = jax.sharding.NamedSharding(mesh, sharding.TRAIN_RULES.spec("batch"))
         self.own_rows = processes.own_rows(self.row_sharding, cfg.batch_size)
         self.data = self._iterator(cfg.data)

@@ -5,6 +5,7 @@ same whatever the data parallelism and the accumulation.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -328,3 +329,33 @@ def train_step(
         skipped=metrics["train/skipped_in_a_row"],
     )
     return new, metrics
+
+
+def jit_step(
+    cfg: options.TrainConfig,
+    graph: Any,
+    optimizer: optax.GradientTransformation,
+) -> Any:
+    """The program of a run's steps: `train_step` of its configuration, the state donated.
+
+    Args:
+      cfg: the run.
+      graph: the model's structure.
+      optimizer: see `optimizer.make_optimizer`.
+
+    Returns:
+      A jitted function of the state, the batch, the inputs, and by name the goal and
+      `has_embedding_noise`.
+    """
+    opts = StepOptions(
+        loss=cfg.loss,
+        router=cfg.router,
+        bad_step=cfg.bad_step,
+        accumulation=cfg.accumulation,
+        dtype=cfg.compute.dtype,
+    )
+    return jax.jit(
+        functools.partial(train_step, graph=graph, optimizer=optimizer, opts=opts),
+        static_argnames=("goal", "has_embedding_noise"),
+        donate_argnames=("state",),
+    )

@@ -10,8 +10,7 @@ import pytest
 
 from llada_jax import generate
 from llada_jax.diffusion import unmask
-from llada_jax.generate import batching
-from llada_jax.generate import generator as generator_lib
+from llada_jax.generate import batching, programs
 from tests import conftest
 
 MODEL = conftest.GOLDEN / "llada2_tiny_f32"
@@ -138,14 +137,14 @@ def test_prefill_takes_many_blocks_per_forward(model, length, chunk):
 
 def test_one_dispatch_per_block_with_a_donated_cache(model, monkeypatch):
     calls = []
-    compiled = generator_lib._decode_block
+    compiled = programs.decode_block
 
     def counting(model, tokens, start, is_active, rows, cache, *args, **kwargs):
         out = compiled(model, tokens, start, is_active, rows, cache, *args, **kwargs)
         calls.append(cache.key.is_deleted() and cache.value.is_deleted())
         return out
 
-    monkeypatch.setattr(generator_lib, "_decode_block", counting)
+    monkeypatch.setattr(programs, "decode_block", counting)
     done = model.generate([[1, 2, 3], list(range(30))], gen_length=40, block_length=8)
     assert len(calls) == max(len(d.stats.steps_per_block) for d in done)
     assert all(calls)
@@ -231,14 +230,14 @@ def test_streamed_text_adds_up_whatever_bytes_a_block_ends_in(model, monkeypatch
     talker = generate.Generator(model.model, model.mesh, tokenizer=ByteTokenizer())
     text = "größer, 更大, 🙂!"
     ids = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
-    compiled = generator_lib._decode_block
+    compiled = programs.decode_block
 
     def spoken(*args, **kwargs):  # The model says the text, four bytes a block.
         state, goes_on, cache = compiled(*args, **kwargs)
         start = int(np.asarray(args[2])[0])
         return state.replace(tokens=jnp.asarray(ids[start - 4 : start][None])), goes_on, cache
 
-    monkeypatch.setattr(generator_lib, "_decode_block", spoken)
+    monkeypatch.setattr(programs, "decode_block", spoken)
     kwargs = {"gen_length": len(ids), "block_length": 4, "eos_ids": ()}
     events = list(talker.stream("abcd", **kwargs))
     assert events[-1].completion.text == text

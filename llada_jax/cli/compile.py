@@ -1,0 +1,259 @@
+"""`llada-compile`: the plan of a run, compiled for a TPU slice without the slice.
+
+    llada-compile mini --topology v5p:2x2x1 --mesh 1,1,4,1 --cache-tokens 32768
+    llada-compile configs/mini_cpt_v5p.py --topology v5p:4x4x2 --model mini
+    llada-compile mini --topology v5e:2x4 --sweep --batches 8 16 32
+
+CONFIG is a config file of `llada-train` (changed by `--config.NAME=VALUE`), the name of a published
+architecture, or a config.json. Needs libtpu, not a TPU: pip install -e .[tpu]. What the figures
+mean, and what they cannot tell: docs/compiling.md.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from llada_jax import config, sharding
+from llada_jax.generate import request
+from llada_jax.ops import expert_parallel, grouped_matmul
+from llada_jax.plan import compiled, hardware, report, sampling, sweep, training
+from llada_jax.train import architecture, options
+
+_OVERRIDE = "--config."
+_TRAIN_STEP = "train_step"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Returns:
+      0 if the program fits, 1 if it does not (with `--sweep`, if nothing does), 2 on an error.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    overrides = [a for a in arguments if a.startswith(_OVERRIDE)]
+    plain = [a for a in arguments if not a.startswith(_OVERRIDE)]
+    args = parser().parse_args(plain)
+    if args.program is None:
+        args.program = _TRAIN_STEP if args.config.endswith(".py") else "denoise_block"
+    # The machine's own accelerators play no part, and may be busy.
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        if args.sweep:
+            where = hardware.find_slice(args.topology)
+            return _sweep(args, overrides, where)
+        figures = plan(args, overrides)
+    except (ValueError, OSError, flags.Error) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except jax.errors.JaxRuntimeError as error:
+        print(f"error: the compiler failed: {_first_lines(str(error))}", file=sys.stderr)
+        return 2
+    if args.json == "-":
+        print(json.dumps(figures))
+    else:
+        print(report.text(figures))
+        if args.json:
+            pathlib.Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
+    if figures["hbm"]["fits"] is False:
+        print(_what_to_change(args.program), file=sys.stderr)
+        return 1
+    return 0
+
+
+def plan(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
+    """Compiles the program that the flags describe; returns its figures, see `report`."""
+    where = hardware.find_slice(args.topology)
+    if args.program == _TRAIN_STEP:
+        cfg = train_config(args, overrides)
+        sharding.check_fits(cfg.mesh, architecture.model_config(cfg.model), sharding.TRAIN_RULES)
+        mesh = hardware.make_mesh(where, cfg.mesh)
+        program = training.training_program(cfg, mesh, phase=args.phase)
+    else:
+        model_cfg = model_config(args, overrides)
+        chosen = _mesh_of(args) or config.MeshConfig(expert=len(where.devices))
+        mesh = hardware.make_mesh(where, chosen)
+        program = sampling.sampling_program(
+            args.program,
+            model_cfg,
+            mesh,
+            sampling.SamplingSizes(
+                batch=args.batch or 16,
+                cache_tokens=args.cache_tokens,
+                chunk_tokens=args.chunk_tokens,
+                block_length=args.block_length,
+                strategy=args.strategy,
+                grouped_matmul=args.grouped_matmul,
+                dispatch=args.dispatch,
+            ),
+        )
+    flags_of_chip = {} if where.chip is None else where.chip.compiler_options
+    result = compiled.compile_lowered(program.lowered, flags_of_chip)
+    return report.report(program, result, where, mesh)
+
+
+def train_config(args: argparse.Namespace, overrides: Sequence[str]) -> options.TrainConfig:
+    """The run of a config file as `llada-train` reads it, with the flags' mesh, batch and model."""
+    if not args.config.endswith(".py"):
+        raise ValueError(
+            f"{args.config}: train_step needs a config file of llada-train, such as "
+            "configs/mini_cpt_v5p.py; for a model alone choose --program denoise_block, "
+            "commit_block or prefill"
+        )
+    mapping = _read(args.config, overrides)
+    mapping.pop("prepare", None)
+    if args.batch is not None:
+        mapping["batch_size"] = args.batch
+    mesh = _mesh_of(args)
+    if mesh is not None:
+        mapping["mesh"] = dataclasses.asdict(mesh)
+    model = mapping.get("model", {})
+    start, tokenizer = model.get("init_from"), model.get("tokenizer")
+    if tokenizer is not None and not pathlib.Path(tokenizer).exists():
+        del model["tokenizer"]  # it would add ids that noise leaves out, which no shape depends on
+    if args.model is not None:
+        kind = "config_file" if pathlib.Path(args.model).is_file() else "preset"
+        mapping["model"] = {kind: args.model}
+    elif start is not None and not pathlib.Path(start).exists():
+        raise ValueError(
+            f"model.init_from: {start} is not here to tell the architecture; add --model with a "
+            f"name out of {sorted(config.PRESETS)} or a config.json"
+        )
+    return options.from_mapping(mapping)
+
+
+def model_config(args: argparse.Namespace, overrides: Sequence[str]) -> config.ModelConfig:
+    """The model to sample from."""
+    name = args.model or args.config
+    if name.endswith(".py"):
+        return architecture.model_config(train_config(args, overrides).model)
+    if overrides:
+        raise ValueError(f"{overrides[0]}: changes a config file, and {name} is none")
+    path = pathlib.Path(name)
+    if path.is_dir():
+        path = path / "config.json"
+    if path.is_file():
+        return architecture.model_config(options.ModelOptions(config_file=str(path)))
+    return config.ModelConfig.preset(name)
+
+
+def _read(path: str, overrides: Sequence[str]) -> dict[str, Any]:
+    values = flags.FlagValues()
+    arguments = ["llada-compile", f"--config={path}", *overrides]
+    config_flags.DEFINE_config_file(
+        "config", None, "the run, a Python file", flag_values=values, sys_argv=arguments
+    )
+    values(arguments)
+    return values.config.to_dict()
+
+
+def _mesh_of(args: argparse.Namespace) -> config.MeshConfig | None:
+    return None if args.mesh is None else config.MeshConfig.parse(args.mesh)
+
+
+def _sweep(args: argparse.Namespace, overrides: Sequence[str], where: hardware.Slice) -> int:
+    if args.program == _TRAIN_STEP:
+        cfg = train_config(args, overrides)
+        model_cfg, batch = architecture.model_config(cfg.model), cfg.batch_size
+        rules = sharding.TRAIN_RULES
+    else:
+        model_cfg, batch = model_config(args, overrides), args.batch or 16
+        rules = sharding.serve_rules(splits_rows=args.dispatch not in (None, "replicated"))
+    meshes = [config.MeshConfig.parse(text) for text in args.meshes]
+    points = sweep.points(
+        where,
+        model_cfg,
+        rules,
+        meshes=meshes,
+        batches=args.batches or [batch],
+    )
+    common = [
+        *(args.config, "--topology", args.topology, "--program", args.program),
+        *("--cache-tokens", str(args.cache_tokens), "--chunk-tokens", str(args.chunk_tokens)),
+        *("--strategy", args.strategy),
+        *(["--model", args.model] if args.model else []),
+        *(["--phase", args.phase] if args.phase else []),
+        *(["--dispatch", args.dispatch] if args.dispatch else []),
+        *(["--grouped-matmul", args.grouped_matmul] if args.grouped_matmul else []),
+        *(["--block-length", str(args.block_length)] if args.block_length else []),
+        *overrides,
+    ]
+    command = [sys.executable, "-m", "llada_jax.cli.compile", *common]
+    results = []
+    for point in points:
+        print(f"{point}: compiling ...", file=sys.stderr, flush=True)
+        results.append(sweep.run_point(point, command, timeout_seconds=args.timeout))
+    results = sweep.ranked(results)
+    print(sweep.text(results))
+    if args.json:
+        rows = json.dumps([dataclasses.asdict(result) for result in results], indent=1)
+        if args.json == "-":
+            print(rows)
+        else:
+            pathlib.Path(args.json).write_text(rows + "\n")
+    return 0 if any(result.fits for result in results) else 1
+
+
+def _what_to_change(program: str) -> str:
+    if program == _TRAIN_STEP:
+        return (
+            "to fit: --config.compute.remat=full, a larger --config.accumulation, more chips along "
+            "fsdp or expert, shorter rows (--config.data.packing.row_length) or a larger --topology"
+        )
+    return (
+        "to fit: a smaller --batch or --cache-tokens, more chips along expert or tensor (--mesh), "
+        "or a larger --topology"
+    )
+
+
+def _first_lines(message: str) -> str:
+    return "\n".join([line for line in message.splitlines() if line.strip()][:6])
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    made = argparse.ArgumentParser(
+        prog="llada-compile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument("config", metavar="CONFIG")
+    made.add_argument("--topology", required=True, help="v5p:4x4x4, v5e:2x4, ...; cpu:8 to try")
+    made.add_argument(
+        "--program", choices=(_TRAIN_STEP, *sampling.NAMES), help="default: train_step for a .py"
+    )
+    made.add_argument("--mesh", help="data,fsdp,expert,tensor; default: the config's, or experts")
+    made.add_argument("--model", help="architecture where CONFIG starts from weights not here")
+    made.add_argument("--batch", type=int, help="rows; default: the config's, or 16")
+    made.add_argument("--phase", help="of the run; default: the one with the most steps")
+    made.add_argument("--cache-tokens", type=int, default=4096, help="positions of a row's cache")
+    made.add_argument("--chunk-tokens", type=int, default=512, help="positions of a prefill pass")
+    made.add_argument("--block-length", type=int, help="tokens; default: the model's")
+    made.add_argument("--strategy", choices=sorted(request.STRATEGIES), default="fixed")
+    for name, known in (
+        ("--dispatch", expert_parallel.ALGORITHMS),
+        ("--grouped-matmul", grouped_matmul.IMPLEMENTATIONS),
+    ):
+        made.add_argument(name, choices=known, help="of sampling; default: the backend's")
+    made.add_argument("--json", metavar="FILE", help="write all figures there; - is stdout")
+    made.add_argument("--sweep", action="store_true", help="try meshes and batch sizes")
+    made.add_argument(
+        "--meshes", nargs="+", default=[], help="for --sweep; default: all that divide"
+    )
+    made.add_argument("--batches", type=int, nargs="+", help="for --sweep; default: one")
+    made.add_argument(
+        "--timeout", type=float, default=1800, help="seconds for each compile of --sweep"
+    )
+    return made
+
+
+if __name__ == "__main__":
+    sys.exit(main())

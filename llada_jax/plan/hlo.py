@@ -1,0 +1,156 @@
+"""Reads the text of a compiled program (HLO) into computations and instructions.
+
+The text is that of XLA's dumps after optimisation, one instruction a line. Only what the plan needs
+is read; what the parser does not know it leaves unknown and never guesses.
+"""
+
+import dataclasses
+import re
+
+# Element sizes in bytes; types that are not listed (tokens, opaque) count as nothing.
+_BITS = {"pred": 8, "c64": 64, "c128": 128}
+_TYPE = re.compile(r"\b(pred|[suc]\d+|bf16|f\d+\w*)\[([\d,<=]*)\]")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_NAMED = re.compile(r"%([\w.\-]+)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Instruction:
+    """One instruction.
+
+    Attributes:
+      name: unique in its computation.
+      opcode: as XLA prints it.
+      shape: type of the result, possibly a tuple.
+      operands: names of operands in the same computation.
+      argument: the text between the parentheses, for constants and parameters.
+      attributes: what follows the operands.
+      is_root: whether it is the computation's result.
+    """
+
+    name: str
+    opcode: str
+    shape: str
+    operands: tuple[str, ...]
+    argument: str
+    attributes: str
+    is_root: bool
+
+    def called(self, attribute: str) -> str | None:
+        """The computation that an attribute such as `body` names."""
+        found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.attributes)
+        return found and found.group(1)
+
+    @property
+    def branches(self) -> list[str]:
+        """The computations that a conditional chooses among."""
+        found = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
+        if found:
+            return [name.strip().lstrip("%") for name in found.group(1).split(",")]
+        names = (self.called("true_computation"), self.called("false_computation"))
+        return [name for name in names if name is not None]
+
+    @property
+    def op_name(self) -> str:
+        """Where in the traced program it comes from, or ""."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found.group(1) if found else ""
+
+    @property
+    def estimated_cycles(self) -> int | None:
+        """The compiler's estimate of one execution, where it makes one."""
+        found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
+        cycles = int(found.group(1)) if found else None
+        return None if cycles == 2**63 - 1 else cycles  # the largest number stands for none
+
+
+class Module:
+    """A compiled program."""
+
+    def __init__(self, text: str):
+        """Parses a dump.
+
+        Args:
+          text: of one module.
+
+        Raises:
+          ValueError: it holds no module with an entry computation.
+        """
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.entry = ""
+        self.header = ""
+        self._read(text)
+        if not self.entry:
+            raise ValueError("the text has no ENTRY computation; is it the dump of an HLO module?")
+
+    def _read(self, text: str) -> None:
+        current: dict[str, Instruction] | None = None
+        for line in text.splitlines():
+            if line.startswith("HloModule"):
+                self.header = line
+            elif current is None or not line.startswith(" "):
+                found = _HEADER.match(line)
+                if found:
+                    current = self.computations.setdefault(found.group(2), {})
+                    if found.group(1):
+                        self.entry = found.group(2)
+            else:
+                instruction = _instruction(line)
+                if instruction is not None:
+                    current[instruction.name] = instruction
+
+    @property
+    def num_aliased(self) -> int:
+        """Results that are written into the buffer of a donated argument."""
+        found = re.search(r"input_output_alias=\{(.*?)\}(?:, [a-z_]+=|$)", self.header)
+        return len(re.findall(r"(?:may|must)-alias", found.group(1))) if found else 0
+
+    def root(self, computation: str) -> Instruction:
+        """The result of a computation."""
+        return next(i for i in self.computations[computation].values() if i.is_root)
+
+
+def array_bytes(shape: str) -> int:
+    """Bytes of an array's elements, or of all arrays of a tuple; padding by tiles left out."""
+    total = 0
+    for kind, sizes in _TYPE.findall(shape):
+        elements = 1
+        for size in filter(None, sizes.split(",")):
+            elements *= int(size.removeprefix("<="))
+        bits = _BITS.get(kind) or int(re.sub(r"^[a-z]+(\d+).*", r"\1", kind))
+        total += -(-elements * bits // 8)
+    return total
+
+
+def _instruction(line: str) -> Instruction | None:
+    line = re.sub(r"/\*.*?\*/", "", line.strip())
+    found = re.match(r"(ROOT )?%?([\w.\-]+) = ", line)
+    if not found:
+        return None
+    rest = line[found.end() :]
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.find(" ")
+    shape, rest = rest[:end], rest[end:].lstrip()
+    start = rest.find("(")
+    if start < 0:
+        return None
+    end = _closing(rest, start)
+    argument = rest[start + 1 : end]
+    return Instruction(
+        name=found.group(2),
+        opcode=rest[:start],
+        shape=shape,
+        operands=tuple(_NAMED.findall(argument)),
+        argument=argument.strip(),
+        attributes=rest[end + 1 :],
+        is_root=found.group(1) is not None,
+    )
+
+
+def _closing(text: str, start: int) -> int:
+    """Index of the parenthesis that closes the one at `start`."""
+    depth = 0
+    for index in range(start, len(text)):
+        depth += (text[index] == "(") - (text[index] == ")")
+        if not depth:
+            return index
+    return len(text) - 1

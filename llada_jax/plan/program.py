@@ -1,0 +1,61 @@
+"""A traced program, and placing shapes on the devices of a mesh."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from llada_jax.train import flops
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """A traced program and what is known of it before it is compiled.
+
+    Attributes:
+      name: one of `NAMES`.
+      lowered: ready to compile.
+      num_parameters: of the model.
+      sizes: what the shapes follow from, for the report.
+      argument_bytes: of one device's arguments, by what they are.
+      work: operations that the model needs, see `train.flops`; forward only where it samples.
+      model_flops: of the whole step, over all devices.
+      tokens: that a step works on, over all devices.
+      hbm_bytes: that a device must read and write, by what it is, see `traffic`.
+      expected_bytes: of temporaries that are known beforehand, on one device.
+    """
+
+    name: str
+    lowered: Any
+    num_parameters: int
+    sizes: dict[str, Any]
+    argument_bytes: dict[str, int]
+    work: flops.StepFlops
+    model_flops: float
+    tokens: int
+    hbm_bytes: dict[str, float]
+    expected_bytes: dict[str, float]
+
+
+def on_mesh(tree: Any, spec_of: Any = lambda x: x.sharding.spec) -> Any:
+    """Shapes and types of a tree, placed on the current mesh's devices."""
+    mesh = jax.sharding.get_mesh()
+
+    def one(leaf: Any) -> jax.ShapeDtypeStruct:
+        placed = jax.sharding.NamedSharding(mesh, spec_of(leaf))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
+
+    return jax.tree.map(one, tree)
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of one device's part of placed arrays."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def num_parameters(model: Any) -> int:
+    """Parameters of a model, the routers' biases included."""
+    return sum(leaf.size for leaf in jax.tree.leaves(model))

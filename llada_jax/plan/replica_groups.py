@@ -1,0 +1,112 @@
+"""Which devices a collective joins, as HLO writes it, and which mesh axes that is.
+
+Three forms of groups, and pairs:
+
+    replica_groups={{0,1},{2,3}}
+    replica_groups=[4,2]<=[2,4]T(1,0)
+    replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}      or {'b':(1)2}, a part of b
+    source_target_pairs={{0,1},{1,0}}
+
+Numbers are positions in the mesh, since programs are compiled with one replica per device of it.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:,\s*device_ids=\((.*?)\))?\s*\{([^}]*)\}")
+
+
+def groups_of(attributes: str, num_devices: int) -> list[list[int]] | None:
+    """Groups of positions, or the pairs of a permutation without those that stay.
+
+    Args:
+      attributes: of the instruction.
+      num_devices: of the mesh; where no groups are written all of them are one.
+
+    Returns:
+      None where the form is unknown.
+    """
+    if "source_target_pairs=" in attributes:
+        pairs = _lists(attributes, "source_target_pairs")
+        return [pair for pair in pairs if pair[0] != pair[1]]
+    iota = _IOTA.search(attributes)
+    if iota:
+        shape, dimensions, order = iota.groups()
+        return _iota(dimensions, order).reshape(_numbers(shape)).tolist()
+    mesh = _MESH.search(attributes)
+    if mesh:
+        return _mesh_groups(*mesh.groups())
+    if "replica_groups={{" in attributes:
+        return _lists(attributes, "replica_groups")
+    if "replica_groups={}" in attributes or "replica_groups=" not in attributes:
+        return [list(range(num_devices))]
+    return None
+
+
+def axes_of(groups: Sequence[Sequence[int]], mesh_shape: Mapping[str, int]) -> str:
+    """The mesh axes that groups of devices run along.
+
+    Args:
+      groups: see `groups_of`.
+      mesh_shape: sizes of the mesh's axes, in the order that its devices are numbered in.
+
+    Returns:
+      Axes joined by "+", or "?" where a group is neither whole along its axes nor a pair.
+    """
+    sizes = tuple(mesh_shape.values())
+    varying: set[str] = set()
+    for group in groups:
+        places = np.stack(np.unravel_index(np.asarray(group), sizes), axis=-1)
+        own = {
+            name
+            for name, column in zip(mesh_shape, places.T, strict=True)
+            if len(set(column.tolist())) > 1
+        }
+        is_pair = len(group) == 2 and len(own) == 1
+        if len(group) != math.prod(mesh_shape[name] for name in own) and not is_pair:
+            return "?"
+        varying |= own
+    return "+".join(name for name in mesh_shape if name in varying)
+
+
+def _mesh_groups(axes: str, ids: str | None, along: str) -> list[list[int]] | None:
+    named = re.findall(r"'([^']*)'=(\d+)", axes)
+    sizes = [int(size) for _, size in named]
+    devices = np.arange(math.prod(sizes))
+    if ids:
+        iota = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", ids)
+        if iota is None and not re.fullmatch(r"[\d,\s]+", ids):
+            return None
+        devices = _iota(*iota.groups()) if iota else np.asarray(_numbers(ids))
+    wanted = re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", along)
+    parts = {name: (int(before), int(size)) for name, before, size in wanted if size}
+    shape: list[int] = []
+    chosen: dict[str, int] = {}
+    for name, size in named:
+        before, own = parts.get(name, (1, int(size)))
+        chosen[name] = len(shape) + 1
+        shape += [before, own, int(size) // (before * own)]
+    last = [chosen[name] for name, _, _ in wanted]
+    order = [axis for axis in range(len(shape)) if axis not in last] + last
+    size = math.prod(shape[axis] for axis in last)
+    return devices.reshape(shape).transpose(order).reshape(-1, size).tolist()
+
+
+def _iota(dimensions: str, order: str | None) -> np.ndarray:
+    shape = _numbers(dimensions)
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    return ids if order is None else ids.transpose(_numbers(order))
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def _lists(attributes: str, name: str) -> list[list[int]]:
+    found = re.search(rf"{name}=\{{((?:\{{[\d,]*\}},?)*)\}}", attributes)
+    inner = re.findall(r"\{([\d,]+)\}", found.group(1)) if found else []
+    return [_numbers(group) for group in inner]

@@ -1,0 +1,115 @@
+"""The least that a device must move between its memory and its cores in a step, by formula.
+
+Each formula counts what no arrangement of the same computation avoids, so that bytes divided by the
+bandwidth are a bound from below. What a compiler adds to it, such as copies, is not in it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llada_jax import config
+from llada_jax.model import transformer
+from llada_jax.train import optimizer, options
+
+
+def sampling(
+    model: transformer.LLaDA2,
+    cfg: config.ModelConfig,
+    *,
+    weights: Callable[[Any], int],
+    cache_bytes: int,
+    device_tokens: int,
+    expert_tokens: int,
+    written_share: float,
+    logits_bytes: int,
+) -> dict[str, float]:
+    """Bytes of one forward pass of sampling on one device.
+
+    - Weights: read once. Of the embedding only the tokens' rows count. Of the experts those that
+      are chosen: a share 1 - (1 - X/E)^tokens if tokens choose at random.
+    - Cache: its whole capacity is read, and the new positions are written.
+    - Activations: each layer reads and writes the residual stream twice.
+    - Logits: written once and read once, in float32.
+
+    Args:
+      model: placed shapes.
+      cfg: the architecture.
+      weights: bytes of one device's part of placed arrays.
+      cache_bytes: of one device's part of the cache.
+      device_tokens: of the batch on one device.
+      expert_tokens: of the batch that choose among one device's experts.
+      written_share: positions written as a share of the cache's capacity.
+      logits_bytes: of one device's part of the logits; 0 where none are needed.
+    """
+    experts = rows = rest = 0.0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model):
+        names, size = optimizer.path_names(path), weights(leaf)
+        if "experts" in names:
+            experts += size
+        elif "embed" in names and not cfg.tie_word_embeddings:
+            rows += device_tokens * size / leaf.shape[0]
+        elif "lm_head" in names or "embed" in names:
+            rest += size if logits_bytes else 0
+        else:
+            rest += size
+    touched = 0.0
+    if cfg.num_moe_layers:
+        touched = 1 - (1 - cfg.num_experts_per_tok / cfg.num_experts) ** expert_tokens
+    itemsize = jnp.dtype(cfg.dtype).itemsize
+    residual = device_tokens * cfg.hidden_size * itemsize
+    return {
+        "weights": rest + rows,
+        "experts": experts * touched,
+        "cache": cache_bytes * (1 + written_share),
+        "activations": 4.0 * cfg.num_hidden_layers * residual,
+        "logits": 2.0 * logits_bytes,
+    }
+
+
+def training(
+    *,
+    state_bytes: int,
+    weight_bytes: int,
+    saved_bytes: float,
+    compute: options.ComputeOptions,
+    accumulation: int,
+) -> dict[str, float]:
+    """Bytes of a training step on one device.
+
+    - State: parameters and both moments are read and written, the gradient written and read.
+    - Weights: read once per pass, in the dtype of the computation and whole along `embed`: forward,
+      backward, and once more where remat computes the layer again; for every part of the batch.
+    - Saved activations: written and read.
+
+    Args:
+      state_bytes: of one device's part of the parameters, which each moment and the gradient equal.
+      weight_bytes: of the weights that a device multiplies with.
+      saved_bytes: see `saved_activations`.
+      compute: how the step is computed.
+      accumulation: parts of the batch.
+    """
+    passes = 2 + (compute.remat != "none")
+    return {
+        "state": 8.0 * state_bytes,
+        "weights": float(passes * accumulation * weight_bytes),
+        "saved activations": 2.0 * accumulation * saved_bytes,
+    }
+
+
+def saved_activations(
+    cfg: config.ModelConfig, compute: options.ComputeOptions, device_tokens: float
+) -> float | None:
+    """Bytes that the forward pass keeps for the backward pass on one device.
+
+    With remat "full" that is each layer's input and its router's logits. Other policies keep what
+    the compiler decides, and give None.
+    """
+    if compute.remat != "full":
+        return None
+    layer = cfg.hidden_size * jnp.dtype(compute.dtype).itemsize
+    return device_tokens * (
+        cfg.num_hidden_layers * layer + cfg.num_moe_layers * cfg.num_experts * 4
+    )
