@@ -23,10 +23,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from llada_jax import config, sharding
+from llada_jax import config, sharding, storage
 from llada_jax.model import formulation as formulations
 from llada_jax.model import transformer
 
@@ -52,7 +53,7 @@ CARRIED_FILES = (
     "*.model",
 )
 
-PathLike = str | os.PathLike[str]
+PathLike = storage.PathLike
 
 
 class StoredArray(NamedTuple):
@@ -76,7 +77,7 @@ def load_config(directory: PathLike) -> config.ModelConfig:
     Raises:
       ValueError: a file is missing, is no JSON object, or describes nothing that we support.
     """
-    path = pathlib.Path(directory) / "config.json"
+    path = storage.local(directory) / "config.json"
     try:
         cfg = config.ModelConfig.from_hf(read_json(path))
         path = path.with_name("generation_config.json")
@@ -106,7 +107,7 @@ def published_config(cfg: config.ModelConfig, dtype: str) -> dict[str, Any]:
 
 def is_model_directory(directory: PathLike) -> bool:
     """Whether this is a complete model directory, by the files that it has."""
-    directory = pathlib.Path(directory)
+    directory = epath.Path(os.fspath(directory))
     return not is_incomplete(directory) and all(
         (directory / name).is_file()
         for name in (DESCRIPTION_FILE, "config.json", f"{PARAMS_FOLDER}/_METADATA")
@@ -189,21 +190,25 @@ def save_model(
 
     Args:
       model: the model.
-      directory: where; a complete directory appears there, or none.
+      directory: where; a complete directory appears there, or none. In a bucket it grows in place,
+        and is no model directory before its last object, the description, is written.
       beside: directory whose generation config and tokenizer files go along.
       overwrite: whether to replace a model directory that is already there.
 
     Raises:
       ValueError: the directory exists.
     """
-    directory = pathlib.Path(directory).absolute()
+    target = storage.folder(directory)
+    is_disk = isinstance(target, pathlib.Path)
     tree = nnx.to_pure_dict(nnx.state(model))
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
     is_first = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
-        partial = incomplete_path(directory)
-        if is_first:
-            stack.enter_context(written_beside(directory, overwrite=overwrite))
+        partial = incomplete_path(target) if is_disk else target
+        if is_first and is_disk:
+            stack.enter_context(written_beside(target, overwrite=overwrite))
+        elif is_first:
+            _clear_in_bucket(partial, overwrite=overwrite)
         _barrier("save_model: directory made")
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(partial / PARAMS_FOLDER, tree, save_args=save_args)
@@ -215,17 +220,32 @@ def save_model(
     _barrier("save_model: directory renamed")
 
 
+def _clear_in_bucket(target: storage.Folder, *, overwrite: bool) -> None:
+    """Deletes what a target in a bucket holds, the description first."""
+    assert isinstance(target, epath.Path)
+    found = {path.name for path in target.iterdir()} if target.exists() else set()
+    if found and not overwrite:
+        raise ValueError(f"{target}: already exists; choose another name, or overwrite it")
+    ours = {PARAMS_FOLDER, "config.json", DESCRIPTION_FILE}
+    others = sorted(name for name in found - ours if not is_carried(name))
+    if others:
+        raise ValueError(f"{target}: holds {others}, so it is not overwritten")
+    (target / DESCRIPTION_FILE).unlink(missing_ok=True)
+    if found:
+        target.rmtree()
+
+
 def write_side_files(
-    directory: pathlib.Path,
+    directory: storage.Folder,
     hf_config: Mapping[str, Any],
     dtypes: Mapping[str, str],
     *,
     source_layout: str,
     beside: PathLike | None,
 ) -> None:
-    """Writes everything of a model directory but its parameters."""
+    """Writes everything of a model directory but its parameters, the description last."""
     if beside is not None:
-        copy_carried_files(pathlib.Path(beside), directory)
+        copy_carried_files(storage.local(beside), directory)
     write_json(directory / "config.json", hf_config)
     description = {
         "format": FORMAT_NAME,
@@ -236,11 +256,11 @@ def write_side_files(
     write_json(directory / DESCRIPTION_FILE, description)
 
 
-def copy_carried_files(source: pathlib.Path, target: pathlib.Path) -> None:
+def copy_carried_files(source: pathlib.Path, target: storage.Folder) -> None:
     """Copies the tokenizer's and the generation config's files."""
     for path in sorted(source.iterdir()):
         if path.is_file() and is_carried(path.name):
-            shutil.copyfile(path, target / path.name)
+            (target / path.name).write_bytes(path.read_bytes())
 
 
 def is_carried(name: str) -> bool:
@@ -274,7 +294,7 @@ def check_model_directory(directory: pathlib.Path) -> None:
     )
 
 
-def stored_arrays(folder: pathlib.Path) -> dict[str, StoredArray]:
+def stored_arrays(folder: storage.Folder) -> dict[str, StoredArray]:
     """Shape, dtype and chunks of each array of an Orbax tree, by dotted path; reads no data."""
     try:
         with ocp.StandardCheckpointer() as checkpointer:
@@ -345,7 +365,7 @@ def incomplete_path(target: pathlib.Path) -> pathlib.Path:
     return target.with_name(f"{target.name}.incomplete")
 
 
-def is_incomplete(directory: pathlib.Path) -> bool:
+def is_incomplete(directory: storage.Folder) -> bool:
     """Whether a directory was still being written when its writer stopped."""
     return directory.name.endswith(".incomplete")
 
@@ -360,7 +380,7 @@ def written_beside(target: PathLike, *, overwrite: bool = False) -> Iterator[pat
     Raises:
       ValueError: the target exists and may not be overwritten, or is being written.
     """
-    target = pathlib.Path(target).absolute()
+    target = storage.local(target).absolute()
     partial = incomplete_path(target)
     replaced = partial.with_name(f"{partial.name}.replaced")
     lock_path = partial.with_name(f"{partial.name}.lock")
@@ -438,7 +458,7 @@ def _sync_one(path: PathLike) -> None:
         os.close(descriptor)
 
 
-def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+def write_json(path: storage.Folder, value: Mapping[str, Any]) -> None:
     """Writes a JSON object as people read it."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -12,7 +12,7 @@ import tensorstore as ts
 
 from llada_convert import binding, errors, hf_directory, regions
 from llada_convert import safetensors_file as stf
-from llada_jax import checkpoint, config, sharding
+from llada_jax import checkpoint, config, sharding, storage
 
 ORBAX = "orbax"
 
@@ -69,7 +69,7 @@ def open_checkpoint(
     Raises:
       ValueError: it is neither, or a file of it is damaged.
     """
-    directory = pathlib.Path(directory).absolute()
+    directory = storage.local(directory).absolute()
     if not directory.is_dir():
         raise errors.ConversionError(f"{directory}: no such directory")
     names = (checkpoint.DESCRIPTION_FILE, checkpoint.PARAMS_FOLDER)

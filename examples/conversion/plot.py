@@ -9,11 +9,7 @@ import pathlib
 import statistics
 from typing import Any
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 COLOURS = {"direct": "tab:orange", "wsd": "tab:blue", "scratch": "tab:gray"}
 NAMES = {
@@ -36,6 +32,11 @@ def main() -> None:
 
 def draw(results: dict[str, Any], target: pathlib.Path) -> None:
     """The held-out bound at block size 16 over the steps: mean of the seeds, and their range."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
     figure, axes = pyplot.subplots(figsize=(7.5, 4.5))
     for arm, runs in by_arm(results).items():
         steps = [step for step, _ in runs[0]["curve"]]

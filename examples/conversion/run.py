@@ -29,7 +29,7 @@ from llada_jax.diffusion import objective
 from llada_jax.train import evaluate, goals, loop, options
 from llada_jax.train import state as state_lib
 
-VOCAB = 1024
+VOCAB, TEXT_BYTES = 1024, 6_000_000
 ROW_LENGTH, BLOCK, BATCH = 128, 16, 8
 ARMS = ("direct", "wsd", "scratch")
 PEAK, WARMUP_STEPS = 3e-3, 20
@@ -63,7 +63,7 @@ def main() -> None:
             "tokenizer": str(workdir / "tokenizer"),
             "vocab_size": VOCAB,
             "holdout": 0.1,
-            "max_input_bytes": 6_000_000,
+            "max_input_bytes": TEXT_BYTES,
         }
     )
     results: dict[str, Any] = {"settings": _settings(args), "text": text_figures(workdir)}

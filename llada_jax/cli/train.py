@@ -9,7 +9,6 @@ field. On a pod every host runs the same command with `--distributed`.
 
 import json
 import os
-import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
+from llada_jax import storage
 from llada_jax.cli import train_data
 from llada_jax.generate import generator as generator_lib
 from llada_jax.model import transformer
@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{__doc__}\n--config FILE  --workdir FOLDER  [--distributed]")
         return 0 if arguments else 2
     logging.set_verbosity(logging.INFO)
+    # Without it lines go through another handler, past the filter.
+    logging.use_absl_handler()
     # Orbax tells a dozen lines about every checkpoint in the same log.
     logging.get_absl_handler().python_handler.addFilter(
         lambda record: "orbax" not in record.pathname
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if values.config is None or values.workdir is None:
             raise ValueError("--config and --workdir are both needed")
         _start_processes(is_pod=values.distributed)
-        outcome = _run(values.config.to_dict(), pathlib.Path(values.workdir))
+        outcome = _run(values.config.to_dict(), storage.folder(values.workdir))
     except loop.BadStepError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -82,13 +84,14 @@ def _start_processes(*, is_pod: bool) -> None:
         jax.distributed.initialize()
 
 
-def _run(mapping: Mapping[str, Any], workdir: pathlib.Path) -> loop.Outcome:
+def _run(mapping: Mapping[str, Any], workdir: storage.Folder) -> loop.Outcome:
     mapping = dict(mapping)
     prepare = mapping.pop("prepare", None)
     cfg = options.from_mapping(mapping)
     if prepare is not None:
         train_data.prepare(prepare)
     if jax.process_index() == 0:
+        # In a bucket this is nothing: a folder is there once an object is.
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / CONFIG_FILE).write_text(json.dumps(mapping, indent=1, default=str) + "\n")
     sampler = _Sampler(cfg) if cfg.eval.prompts else None

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llada_jax import storage
 from llada_jax.data import prepare_piece, prepare_report, sources, token_store, tokenizer_files
 
 PLAN_FILE = "plan.json"
@@ -71,7 +72,7 @@ def prepare(
       ValueError: an input is missing or damaged, the options are wrong, `out` exists, an
         interrupted run had other inputs or options, or a strict run met a bad record.
     """
-    paths = _paths(pathlib.Path(out).absolute())
+    paths = _paths(storage.local(out).absolute())
     if num_workers < 1 or piece_bytes < 1:
         raise ValueError("workers and piece bytes must be >= 1")
     files = sources.find_files(inputs)

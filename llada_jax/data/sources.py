@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from llada_jax import storage
 from llada_jax.data import line_sources
 
 FORMATS = ("auto", "text", "jsonl", "parquet", "arrayrecord")
@@ -83,7 +84,7 @@ def find_files(inputs: Iterable[str | os.PathLike[str]]) -> list[pathlib.Path]:
     """
     files: list[pathlib.Path] = []
     for name in inputs:
-        path = pathlib.Path(name)
+        path = storage.local(name)
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.is_file())
             files += [p for p in inside if not any(x[0] == "." for x in p.relative_to(path).parts)]

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from jaxtyping import Bool, Int, UInt32
 
+from llada_jax import storage
+
 FORMAT_NAME = "llada_jax tokens"
 FORMAT_VERSION = 1
 META_FILE = "meta.json"
@@ -122,7 +124,7 @@ class TokenStore:
     """A store that is read: any document, in any order."""
 
     def __init__(self, directory: str | pathlib.Path):
-        self.directory = pathlib.Path(directory)
+        self.directory = storage.local(directory)
         self.meta = StoreMeta.read(self.directory)
         path = self.directory / LENGTHS_FILE
         found = path.stat().st_size if path.is_file() else None

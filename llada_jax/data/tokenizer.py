@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from absl import logging
 
-from llada_jax import config
+from llada_jax import config, storage
 from llada_jax.data import hf_tokenizer, sentencepiece_tokenizer
 
 # Names that published checkpoints give to the tokens we must know, tried in this order when the
@@ -97,7 +97,7 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer | None:
     Raises:
         ValueError: no such directory, a file is broken, or several `*.model` could be meant.
     """
-    directory = pathlib.Path(directory)
+    directory = storage.local(directory)
     if not directory.is_dir():
         raise ValueError(f"{directory}: no such directory; give the directory of the checkpoint")
     if (directory / "tokenizer.json").is_file():

@@ -6,12 +6,11 @@
     WORKDIR/checkpoints/000120/config.json, llada_jax.json, tokenizer files
 
 Orbax writes a step under another name and renames it when it is complete, so a step that has its
-name is whole. The small files beside it are added then; a run that was killed between the two adds
-them when it resumes.
+name is whole; in a bucket, where it cannot, it marks what is complete. The small files beside it
+are added then; a run that was killed between the two adds them when it resumes.
 """
 
 import dataclasses
-import pathlib
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from llada_jax import checkpoint, config
+from llada_jax import checkpoint, config, storage
 from llada_jax.model import transformer
 from llada_jax.train import optimizer as optimizer_lib
 from llada_jax.train import options
@@ -33,7 +32,7 @@ class Checkpoints:
     """Saves and restores the steps of a run; every process calls every method.
 
     Args:
-      workdir: the run's folder.
+      workdir: the run's folder, an absolute path.
       graph: structure of the model.
       opts: when to save and what to keep.
       hf_config: the config.json that goes along.
@@ -42,14 +41,14 @@ class Checkpoints:
 
     def __init__(
         self,
-        workdir: pathlib.Path,
+        workdir: storage.Folder,
         *,
         graph: Any,
         opts: options.CheckpointOptions,
         hf_config: dict[str, Any],
         tokenizer: str | None,
     ):
-        self.folder = (workdir / FOLDER).absolute()
+        self.folder = workdir / FOLDER
         self._graph, self._hf_config, self._tokenizer = graph, hf_config, tokenizer
         self._every = opts.every_steps
         self._manager = ocp.CheckpointManager(
@@ -151,7 +150,7 @@ class Checkpoints:
         model = nnx.merge(self._graph, state.params, state.rest)
         return nnx.to_pure_dict(nnx.state(model))
 
-    def _step_folder(self, step: int) -> pathlib.Path:
+    def _step_folder(self, step: int) -> storage.Folder:
         return self.folder / f"{step:08d}"
 
     def _complete(self) -> None:
@@ -202,7 +201,7 @@ def export_model(
     state: state_lib.TrainState,
     graph: Any,
     cfg: config.ModelConfig,
-    directory: pathlib.Path,
+    directory: storage.Folder,
     *,
     tokenizer: str | None,
 ) -> None:

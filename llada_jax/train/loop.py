@@ -1,7 +1,11 @@
 """A training run, from top to bottom: restore, steps, evaluations, checkpoints, the end."""
 
 import dataclasses
+<<<<<<< HEAD
 import pathlib
+=======
+import functools
+>>>>>>> wt-train
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +17,7 @@ from absl import logging
 from flax import nnx
 
 from llada_convert import import_hf
-from llada_jax import checkpoint, config, sharding
+from llada_jax import checkpoint, config, sharding, storage
 from llada_jax.data import pipeline
 from llada_jax.diffusion import objective
 from llada_jax.model import transformer
@@ -54,11 +58,11 @@ class Outcome:
 
     step: int
     is_finished: bool
-    model: pathlib.Path | None
+    model: storage.Folder | None
 
 
 def run(
-    cfg: options.TrainConfig, workdir: pathlib.Path, *, sampler: Sampler | None = None
+    cfg: options.TrainConfig, workdir: storage.PathLike, *, sampler: Sampler | None = None
 ) -> Outcome:
     """Trains until the last step, going on from the newest checkpoint in `workdir`.
 
@@ -66,14 +70,16 @@ def run(
 
     Args:
       cfg: the run.
-      workdir: its folder; the same on every process.
+      workdir: its folder, also in a bucket (gs://); the same on every process.
       sampler: writes samples at evaluations.
 
     Raises:
       ValueError: the configuration, the data or a checkpoint does not fit.
       BadStepError: a bad step, where the configuration says to stop.
     """
-    workdir = pathlib.Path(workdir).absolute()
+    workdir = storage.folder(workdir)
+    if storage.is_bucket(workdir):
+        _check_bucket(cfg.log, workdir)
     mesh = sharding.make_mesh(cfg.mesh)
     if mesh.devices.size < jax.device_count():
         logging.warning("mesh %s leaves devices idle: %d", cfg.mesh.shape, jax.device_count())
@@ -81,12 +87,26 @@ def run(
         return _Run(cfg, workdir, mesh, sampler).train(is_asked_to_end)
 
 
+def _check_bucket(opts: options.LogOptions, workdir: storage.Folder) -> None:
+    """Refuses what writes by appending, or by other means than ours, where there is no disk."""
+    asked = {
+        "log.tensorboard": opts.tensorboard or None,
+        "log.profile_first_step": opts.profile_first_step,
+    }
+    for name, value in asked.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}: {value!r} needs a workdir on a disk, and {workdir} is object storage; "
+                "turn it off, or take a disk that all hosts mount"
+            )
+
+
 class _Run:
     """What the parts of a run share; `train` is the run."""
 
     def __init__(self, cfg, workdir, mesh, sampler):
         self.cfg: options.TrainConfig = cfg
-        self.workdir: pathlib.Path = workdir
+        self.workdir: storage.Folder = workdir
         self.mesh, self.sampler = mesh, sampler
         self.model_cfg, tokenizer = architecture.with_tokenizer(cfg.model)
         sharding.check_fits(cfg.mesh, self.model_cfg, sharding.TRAIN_RULES)
@@ -176,6 +196,7 @@ class _Run:
                 if is_last or is_ended or saved.is_due(step):
                     self._report(*pending, writer, clock)
                     pending = None
+                    writer.flush()
                     saved.save(state, self._run_data(clock))
                 if self._evaluates(step):
                     found = self._evaluate(state, step)

@@ -1,4 +1,8 @@
-"""Where a run's figures go: a jsonl file, TensorBoard, and a line on the console."""
+"""Where a run's figures go: a jsonl file, TensorBoard, and a line on the console.
+
+In a bucket nothing can be appended to, so there the jsonl file is a folder of parts, of which the
+newest is written again with every line that it gains.
+"""
 
 import json
 import os
@@ -10,8 +14,16 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
+
+from llada_jax import storage
 
 METRICS_FILE = "metrics.jsonl"
+# Of a run in a bucket: metrics/00000121.jsonl begins with the line of step 121.
+PARTS_FOLDER = "metrics"
+PART_LINES = 100
+# An object may be written again about once a second.
+_FLUSH_SECONDS = 2.0
 
 
 class MetricWriter:
@@ -24,15 +36,15 @@ class MetricWriter:
       tensorboard: whether to write TensorBoard files too.
     """
 
-    def __init__(self, folder: pathlib.Path, *, first_step: int, tensorboard: bool):
-        self._file, self._board = None, None
+    def __init__(self, folder: storage.Folder, *, first_step: int, tensorboard: bool):
+        self._lines, self._board = None, None
         if jax.process_index():
             return
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / METRICS_FILE
-        if path.exists():
-            _drop_after(path, first_step)
-        self._file = path.open("a", encoding="utf-8")
+        if isinstance(folder, pathlib.Path):
+            self._lines = _File(folder / METRICS_FILE, first_step)
+        else:
+            self._lines = _Parts(folder / PARTS_FOLDER, first_step)
         if tensorboard:
             import tensorboardX
 
@@ -42,11 +54,10 @@ class MetricWriter:
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes the metrics after `step` steps; arrays become lists."""
-        if self._file is None:
+        if self._lines is None:
             return
         plain = {name: _plain(value) for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **plain}) + "\n")
-        self._file.flush()
+        self._lines.add(step, json.dumps({"step": step, **plain}) + "\n")
         if self._board is not None:
             for name, value in plain.items():
                 if isinstance(value, int | float):
@@ -54,31 +65,98 @@ class MetricWriter:
                 elif isinstance(value, str):
                     self._board.add_text(name, value, step)
 
+    def flush(self) -> None:
+        """Stores what was written, before a checkpoint says that these steps are done."""
+        if self._lines is not None:
+            self._lines.flush()
+
     def close(self) -> None:
         """Closes the files."""
-        if self._file is not None:
-            self._file.close()
+        if self._lines is not None:
+            self._lines.close()
         if self._board is not None:
             self._board.close()
 
 
-def read_metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a run's jsonl file."""
-    text = (folder / METRICS_FILE).read_text(encoding="utf-8")
+def read_metrics(folder: storage.Folder) -> list[dict[str, Any]]:
+    """The lines of a run's jsonl file, or of its parts."""
+    is_disk = isinstance(folder, pathlib.Path)
+    paths = [folder / METRICS_FILE] if is_disk else _parts(folder / PARTS_FOLDER)
+    text = "".join(path.read_text(encoding="utf-8") for path in paths)
     return [json.loads(line) for line in text.splitlines()]
 
 
-def _drop_after(path: pathlib.Path, step: int) -> None:
+class _File:
+    """Lines of a file on a disk, from which those past a step are dropped first."""
+
+    def __init__(self, path: pathlib.Path, step: int):
+        if path.exists():
+            partial = path.with_name(path.name + ".incomplete")
+            kept = _lines_until(path.read_text(encoding="utf-8"), step)
+            partial.write_text("".join(kept), encoding="utf-8")
+            os.replace(partial, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def add(self, step: int, line: str) -> None:
+        del step
+        self._file.write(line)
+        self._file.flush()
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Parts:
+    """Lines of a folder in a bucket, from which those past a step are dropped first."""
+
+    def __init__(self, folder: epath.Path, step: int):
+        self._folder = folder
+        self._path: epath.Path | None = None
+        self._part: list[str] = []
+        self._num_stored, self._stored_at = 0, 0.0
+        for path in _parts(folder):
+            text = path.read_text(encoding="utf-8")
+            kept = "".join(_lines_until(text, step))
+            if not kept:
+                path.unlink()
+            elif kept != text:
+                path.write_text(kept, encoding="utf-8")
+
+    def add(self, step: int, line: str) -> None:
+        if self._path is None or len(self._part) >= PART_LINES:
+            self.flush()
+            self._path, self._part = self._folder / f"{step:08d}.jsonl", []
+            self._num_stored = 0
+        self._part.append(line)
+        if time.monotonic() - self._stored_at > _FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._path is not None and len(self._part) > self._num_stored:
+            self._path.write_text("".join(self._part), encoding="utf-8")
+            self._num_stored, self._stored_at = len(self._part), time.monotonic()
+
+    def close(self) -> None:
+        self.flush()
+
+
+def _parts(folder: epath.Path) -> list[epath.Path]:
+    return sorted(folder.iterdir()) if folder.exists() else []
+
+
+def _lines_until(text: str, step: int) -> list[str]:
+    """The lines up to a step."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in text.splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except ValueError:
             continue  # the line that a killed run was writing
-    partial = path.with_name(path.name + ".incomplete")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+    return kept
 
 
 def _plain(value: Any) -> Any:

@@ -1,9 +1,8 @@
 """A profile of a few steps of a run, for TensorBoard or Perfetto."""
 
-import pathlib
-
 import jax
 
+from llada_jax import storage
 from llada_jax.train import options
 
 FOLDER = "profile"
@@ -20,7 +19,7 @@ class Profile:
       opts: the window.
     """
 
-    def __init__(self, folder: pathlib.Path, opts: options.LogOptions):
+    def __init__(self, folder: storage.Folder, opts: options.LogOptions):
         self._folder = folder / FOLDER
         first = opts.profile_first_step
         self._window = range(0) if first is None else range(first, first + opts.profile_steps)

@@ -1,0 +1,54 @@
+"""Where files lie: on a disk, or, for the folder of a training run, in a bucket.
+
+Buckets are those that Orbax and TensorStore write to by themselves: gs://. An object is written
+whole: nothing is appended, and a folder is neither renamed nor locked.
+"""
+
+import os
+import pathlib
+
+from etils import epath
+
+PathLike = str | os.PathLike[str]
+# A folder in a bucket is epath's: pathlib would write gs:/ with one slash.
+Folder = pathlib.Path | epath.Path
+
+_BUCKETS = "gs://"
+_SCHEMES = {"gs:", "s3:", "az:", "hf:"}
+_INSTALL = "pip install 'llada-jax[gcs]'"
+
+
+def is_bucket(path: PathLike) -> bool:
+    """Whether a path lies in a bucket."""
+    return os.fspath(path).startswith(_BUCKETS)
+
+
+def local(path: PathLike) -> pathlib.Path:
+    """A path on a disk, as it is given.
+
+    Raises:
+      ValueError: it names object storage.
+    """
+    # Also where pathlib has made it absolute and taken a slash away.
+    if _SCHEMES & set(pathlib.PurePath(path).parts):
+        raise ValueError(
+            f"{path}: object storage is not read or written here; copy it to a disk, as with "
+            "`gcloud storage cp -r`, or mount the bucket with Cloud Storage FUSE"
+        )
+    return pathlib.Path(path)
+
+
+def folder(path: PathLike) -> Folder:
+    """An absolute path to write to, on a disk or in a bucket.
+
+    Raises:
+      ValueError: it names storage of another kind, or what buckets need is not installed.
+    """
+    if not is_bucket(path):
+        return local(path).absolute()
+    found = epath.Path(os.fspath(path))
+    try:
+        found.exists()
+    except ImportError as error:
+        raise ValueError(f"{path}: needs a client of the bucket: {_INSTALL} ({error})") from error
+    return found
