@@ -2,6 +2,8 @@
 #   make demo                     convert the tiny checkpoint of the tests and generate with it
 #   make test ARGS="-k attention" the tests; ARGS goes to pytest
 #   make check                    lint, format, types, import floors
+#   make train-tiny               the small model of the package, from nothing; resumable
+#   make measure-tiny             what it shows: docs/tiny_model/
 
 PYTHON ?= python3
 ARGS ?=
@@ -10,12 +12,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
+TINY := build/tiny_model
+TINY_FIGURES := docs/tiny_model
+
 DEMO_SOURCE := tests/golden/llada2_tiny_f32
 DEMO_TARGET := build/demo/llada2_tiny
 DEMO_PROMPTS := tests/golden/demo_prompts.jsonl
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-tpu check format wheel venv clean
+.PHONY: train-tiny train-tiny-twin measure-tiny ship-tiny
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -25,15 +31,32 @@ help:
 	@echo "make test-tpu  compile for a TPU topology (needs no TPU)"
 	@echo "make check     lint, format, types and import floors"
 	@echo "make format    mend what ruff can mend, and format"
+	@echo "make train-tiny      train the small model: hours on 2 cores, may be stopped and goes on"
+	@echo "make train-tiny-twin train the left-to-right model it is compared with"
+	@echo "make measure-tiny    measure it: tables and pictures in $(TINY_FIGURES)/"
+	@echo "make ship-tiny       put it into the package, with its card"
 	@echo "make wheel     build a wheel in dist/"
 	@echo "make venv      make $(VENV) with everything for development"
 	@echo "make clean     remove $(VENV), builds and caches"
 
+# With the small model in the package, three requests to it; else a checkpoint of random weights.
+ifneq ($(wildcard llada_jax/assets/tiny_python/model.safetensors),)
+demo: $(VENV)/.installed-run
+	$(BIN)/llada-convert inspect llada_jax/assets/tiny_python
+	$(BIN)/llada-generate --chat --show-denoising --strategy quality --gen-length 96 \
+	  --prompt "Write the sum of the squares of the even numbers with a loop" \
+	  --prompt "Sort: 5 2 9 4 1" \
+	  --prompt "Look up size: key = 31, size = 84, name = 52"
+	@echo 'next: $(BIN)/llada-generate --chat --show-denoising --prompt "Reverse: key, name, value"'
+	@echo '      $(BIN)/llada-generate --prompt "def is_empty(self):"'
+	@echo '      llada_jax/assets/tiny_python/README.md has what else it can be asked'
+else
 demo: $(VENV)/.installed-run
 	rm -rf $(DEMO_TARGET)
 	$(BIN)/llada-convert import $(DEMO_SOURCE) $(DEMO_TARGET)
 	$(BIN)/llada-convert inspect $(DEMO_TARGET)
 	$(BIN)/llada-generate $(DEMO_TARGET) --token-ids $(DEMO_PROMPTS) --show-denoising
+endif
 
 test: $(VENV)/.installed-dev
 	$(BIN)/pytest -n 2 $(ARGS)
@@ -50,6 +73,27 @@ check: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+train-tiny: $(VENV)/.installed-run
+	$(BIN)/python -m examples.tiny_model.train --root $(TINY)
+
+train-tiny-twin: $(VENV)/.installed-run
+	$(BIN)/python -m examples.tiny_model.train --root $(TINY) --twin
+
+measure-tiny: $(VENV)/.installed-figures
+	$(BIN)/python -m examples.tiny_model.curves $(TINY) --out $(TINY_FIGURES)/curves
+	for name in accuracy thresholds repair experts; do \
+	  $(BIN)/python -m examples.tiny_model.$$name $(TINY)/hf --data $(TINY)/data \
+	    --out $(TINY_FIGURES)/$$name || exit 1; \
+	done
+	for name in likelihood infill; do \
+	  $(BIN)/python -m examples.tiny_model.$$name $(TINY)/hf --data $(TINY)/data \
+	    $(if $(wildcard $(TINY)/twin/model),--twin $(TINY)/twin/model) \
+	    --out $(TINY_FIGURES)/$$name || exit 1; \
+	done
+
+ship-tiny: $(VENV)/.installed-run
+	$(BIN)/python -m examples.tiny_model.ship $(TINY) --figures $(TINY_FIGURES)
 
 # build/lib would carry files deleted since into the wheel.
 wheel: $(VENV)/.installed-dev
@@ -70,6 +114,10 @@ $(VENV)/.installed-run: pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(PIP) install -e '.[dev]'
+	@touch $(VENV)/.installed-run $@
+
+$(VENV)/.installed-figures: pyproject.toml | $(BIN)/python
+	$(PIP) install -e '.[figures]'
 	@touch $(VENV)/.installed-run $@
 
 $(VENV)/.installed-tpu: pyproject.toml | $(BIN)/python

@@ -114,7 +114,7 @@ def _run(phases: list[dict], *, model: dict, text_share: float) -> dict:
         "phases": phases,
         "noise": {"low": 0.1},
         "optimizer": {"b2": 0.98, "weight_decay": 0.05},
-        "router": {"bias_update_rate": 1e-3},
+        "router": {"bias_update_rate": 3e-3},
         "mesh": {"data": 2},
         "compute": {"dtype": "float32", "remat": "none"},
         "checkpoint": {"every_steps": 200, "keep_last": 2},
@@ -148,6 +148,8 @@ def _fresh() -> dict:
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 96,
             "block_size": BLOCK,
+            # Twice the longest text of training.
+            "max_position_embeddings": 2 * ROW,
             "initializer_range": 0.05,
         },
     }

@@ -43,6 +43,8 @@ def test_wheel_holds_every_module(wheel):
     }
     with zipfile.ZipFile(wheel) as archive:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
+    small = (ROOT / "llada_jax/assets/tiny_python").glob("*")
+    expected |= {path.relative_to(ROOT).as_posix() for path in small}
     assert found == expected | {"llada_jax/py.typed", "llada_convert/py.typed"}
     assert {"llada_jax/__init__.py", "llada_convert/__init__.py"} <= found
 

@@ -44,10 +44,21 @@ def write(
       rows: of the table.
       draw: draws on the axes of the picture.
     """
-    out: pathlib.Path = args.out
-    out.parent.mkdir(parents=True, exist_ok=True)
     found = {"model": args.model.name, "split": args.split} | figures
-    out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    write_files(args.out, found, header=header, rows=rows, draw=draw)
+
+
+def write_files(
+    out: pathlib.Path,
+    figures: dict[str, Any],
+    *,
+    header: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    draw: Draw,
+) -> None:
+    """As `write`, of figures that are no model's."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
     table = markdown(header, rows)
     out.with_suffix(".md").write_text(table + "\n")
     print(table)

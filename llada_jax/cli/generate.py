@@ -4,7 +4,8 @@
     llada-generate MODEL --token-ids prompts.jsonl --json
 
 MODEL is a directory that `llada-convert import` or `llada_jax.checkpoint.save_model` wrote, or a
-Hugging Face checkpoint directory, which is converted in memory.
+Hugging Face checkpoint directory, which is converted in memory. Without one the small model of the
+package answers, which knows short Python functions and no more.
 
 Prompts come from --prompt, --file, --token-ids or standard input. Of a text, one line end at its
 end is dropped. Text in a prompt that looks like a control token is ordinary text without
@@ -49,6 +50,7 @@ from typing import Any, TypeVar
 import jax
 from absl import logging
 
+from llada_jax import assets
 from llada_jax.cli import (
     denoising_view,
     generate_answers,
@@ -99,6 +101,9 @@ def _run(args: argparse.Namespace) -> None:
     flags = generate_flags.sampling_options(args)
     params = [_naming(prompt.where, prompt.sampling_params, flags) for prompt in prompts]
     template = _given_template(args, prompts)
+    if args.model is None:
+        args.model = str(assets.small_model())
+        print("no MODEL given: the small one of llada_jax answers", file=sys.stderr)
     generator = _load(args)
     encoder = generate_prompts.Encoder(
         tokenizer=generator.tokenizer,

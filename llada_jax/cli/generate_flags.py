@@ -89,13 +89,18 @@ def _parser(documentation: str) -> argparse.ArgumentParser:
     description, _, epilog = documentation.partition("\n\n")
     parser = _Parser(
         prog="llada-generate",
-        usage="%(prog)s MODEL [--prompt TEXT | --file FILE | --token-ids FILE.jsonl] [flags]",
+        usage="%(prog)s [MODEL] [--prompt TEXT | --file FILE | --token-ids FILE.jsonl] [flags]",
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("model", metavar="MODEL", help="directory of the model")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="directory of the model, by default the small one that comes with the package",
+    )
     prompts = parser.add_argument_group("prompts, from standard input by default")
     source = prompts.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", action="append", help="may be repeated")

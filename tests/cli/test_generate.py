@@ -13,6 +13,7 @@ import pytest
 import tokenizers
 
 from llada_convert import import_hf
+from llada_jax import assets
 from llada_jax.cli import generate
 from llada_jax.generate import generator, request
 from tests.conftest import GOLDEN, load_manifest
@@ -87,6 +88,21 @@ def golden_row(name: str) -> tuple[dict, dict]:
     entry = load_manifest()[f"llada2/{name}.npz"]
     prompt = np.load(GOLDEN / "llada2" / f"{name}.npz")["prompt"]
     return {"token_ids": prompt.tolist(), "id": name, **entry["kwargs"]}, entry
+
+
+def test_without_a_model_the_small_one_answers_and_that_is_said_once(run, monkeypatch):
+    row = json.dumps({"token_ids": PROMPT, "gen_length": 8, "block_length": 8})
+    monkeypatch.setattr(assets, "FOLDER", MODEL)
+    flags = ("--token-ids", "-", "--json")
+    status, out, err = run(*flags, stdin=f"{row}\n{row}\n")
+    assert status == 0, err
+    assert out == run(MODEL, *flags, stdin=f"{row}\n{row}\n")[1]
+    assert err.count("the small one of llada_jax answers") == 1
+    monkeypatch.setattr(assets, "FOLDER", MODEL / "nowhere")
+    status, out, err = run(*flags, stdin=row)
+    assert (status, out) == (2, "")
+    assert "came without the small model" in err
+    assert "make train-tiny" in err
 
 
 def test_json_door_gives_the_recorded_outputs(run, tmp_path):
