@@ -158,11 +158,15 @@ def out_of_memory(message: str) -> OutOfMemory | None:
 
 
 def largest_buffers(report: str, count: int = 10) -> tuple[Buffer, ...]:
-    """The largest pieces of temporaries in a "memory-usage-report" dump."""
-    rows = re.findall(
-        r"^\s+\S+\(\s*\d+%\);\s+(\S+);(?:[^;]*;)*?\s+([^;\n]+)$", report, re.MULTILINE
-    )
-    return tuple(Buffer(size=size, shapes=shapes.strip()) for size, shapes in rows[:count])
+    """The largest pieces of temporaries in a "memory-usage-report" dump.
+
+    Each argument and result has a table of its own there, of one row; the longest table is that of
+    the temporaries.
+    """
+    row = re.compile(r"^\s+\S+\(\s*\d+%\);\s+(\S+);(?:[^;]*;)*?\s+([^;\n]+)$", re.MULTILINE)
+    tables = [row.findall(table) for table in report.split("cumulative_size;")]
+    longest = max(tables, key=len)
+    return tuple(Buffer(size=size, shapes=shapes.strip()) for size, shapes in longest[:count])
 
 
 def _largest(folder: pathlib.Path) -> tuple[Buffer, ...]:

@@ -79,41 +79,16 @@ def sampling_program(
         ).resolve(cfg),
     )
     block = job.block_length
+    if name not in NAMES:
+        raise ValueError(f"program {name!r} is not one of {NAMES}")
+    length = sizes.chunk_tokens if name == "prefill" else block
     with jax.set_mesh(mesh):
         model = sampling_model(cfg, sizes, mesh.devices.flat[0].platform)
         rules = model.rules
         _check(sizes, cfg, mesh, rules, block)
-        cache = program_lib.on_mesh(
-            jax.eval_shape(
-                lambda: kv_cache.init_cache(
-                    cfg,
-                    rules,
-                    batch=sizes.batch,
-                    capacity_tokens=sizes.cache_tokens,
-                    dtype=cfg.dtype,
-                )
-            )
-        )
-
-        def rows(tree: Any) -> Any:
-            return program_lib.on_mesh(tree, lambda x: rules.spec("batch", *[None] * (x.ndim - 1)))
-
-        length = sizes.chunk_tokens if name == "prefill" else block
-        tokens = rows(np.zeros((sizes.batch, length), np.int32))
-        start = rows(np.zeros((sizes.batch,), np.int32))
-        is_active = rows(np.zeros((sizes.batch,), bool))
-        batch = rows(batching.host_rows([job], sizes.batch))
-        if name == "prefill":
-            lowered = programs.prefill.lower(model, tokens, start, cache, block_length=block)
-        elif name == "commit_block":
-            lowered = programs.commit_block.lower(model, tokens, start, cache)
-        elif name in ("denoise_block", "decode_block"):
-            mask_id = program_lib.on_mesh(np.zeros((), np.int32), lambda _: jax.P())
-            lowered = getattr(programs, name).lower(
-                model, tokens, start, is_active, batch, cache, mask_id, history_steps=0
-            )
-        else:
-            raise ValueError(f"program {name!r} is not one of {NAMES}")
+        tokens = _rows(np.zeros((sizes.batch, length), np.int32), rules)
+        cache = _cache(cfg, rules, sizes)
+        lowered = _lower(name, model, tokens, cache, job)
     has_logits = name in ("denoise_block", "decode_block")
     num_tokens = sizes.batch * length
     before = sizes.cache_tokens - length
@@ -153,13 +128,54 @@ def sampling_program(
             device_tokens=math.prod(tokens.sharding.shard_shape(tokens.shape)),
             expert_tokens=num_tokens // _row_shards_beside_experts(rules, mesh),
             written_share=0 if has_logits else length / sizes.cache_tokens,
-            logits_bytes=device_logits_bytes(cfg, tokens, rules) if has_logits else 0,
+            logits_bytes=_device_logits_bytes(cfg, tokens, rules) if has_logits else 0,
         ),
         expected_bytes={},
     )
 
 
-def device_logits_bytes(
+def _lower(
+    name: str,
+    model: transformer.LLaDA2,
+    tokens: jax.ShapeDtypeStruct,
+    cache: kv_cache.KVCache,
+    job: batching.Job,
+) -> jax.stages.Lowered:
+    """Traces a program for these tokens; every row has the job's request."""
+    num_rows = tokens.shape[0]
+    start = _rows(np.zeros((num_rows,), np.int32), model.rules)
+    if name == "prefill":
+        return programs.prefill.lower(model, tokens, start, cache, block_length=job.block_length)
+    if name == "commit_block":
+        return programs.commit_block.lower(model, tokens, start, cache)
+    is_active = _rows(np.zeros((num_rows,), bool), model.rules)
+    requests = _rows(batching.host_rows([job], num_rows), model.rules)
+    mask_id = program_lib.on_mesh(np.zeros((), np.int32), lambda _: jax.P())
+    program = {"denoise_block": programs.denoise_block, "decode_block": programs.decode_block}[name]
+    return program.lower(model, tokens, start, is_active, requests, cache, mask_id, history_steps=0)
+
+
+def _rows(tree: Any, rules: sharding.AxisRules) -> Any:
+    """Shapes of arrays whose first dimension is the batch, placed."""
+    return program_lib.on_mesh(tree, lambda x: rules.spec("batch", *[None] * (x.ndim - 1)))
+
+
+def _cache(
+    cfg: config.ModelConfig, rules: sharding.AxisRules, sizes: SamplingSizes
+) -> kv_cache.KVCache:
+    def empty() -> kv_cache.KVCache:
+        return kv_cache.init_cache(
+            cfg,
+            rules,
+            batch=sizes.batch,
+            capacity_tokens=sizes.cache_tokens,
+            dtype=cfg.dtype,
+        )
+
+    return program_lib.on_mesh(jax.eval_shape(empty))
+
+
+def _device_logits_bytes(
     cfg: config.ModelConfig, tokens: jax.ShapeDtypeStruct, rules: sharding.AxisRules
 ) -> int:
     """Bytes of one device's part of the float32 logits of tokens."""

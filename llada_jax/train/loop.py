@@ -1,11 +1,6 @@
 """A training run, from top to bottom: restore, steps, evaluations, checkpoints, the end."""
 
 import dataclasses
-<<<<<<< HEAD
-import pathlib
-=======
-import functools
->>>>>>> wt-train
 import time
 from collections.abc import Callable, Mapping
 from typing import Any

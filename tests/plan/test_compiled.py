@@ -19,6 +19,10 @@ USAGE = """Memory Space: default (color=0)
 Total bytes: 16460847264 (15.33GiB)
   cumulative_size;       size;       offset; used_by_n_values; shapes_list
   ------------------------------------------------------------
+   10.00GiB(100%);   10.00GiB;            0;                1; bf16[20,16,32768,4,128]
+
+  cumulative_size;       size;       offset; used_by_n_values; shapes_list
+  ------------------------------------------------------------
     1.25GiB( 21%);    1.25GiB;    254099456;               14; bf16[16,32,2048], f32[16,32]
     2.44GiB( 41%);    1.19GiB;   1596276736;                1; bf16[19,16,4096,4,128]
     5.89GiB(100%);       512B;    251740160;                1; u32[16]

@@ -61,9 +61,7 @@ def test_a_batch_that_is_too_large_is_told_by_how_much():
 
 @pytest.mark.parametrize("name", ["prefill", "denoise_block"])
 def test_mini_fits_four_v5p_chips(name):
-    program, _, figures = planned(
-        name, "mini", "v5p:2x2x1", "1,1,4,1", batch=16, cache_tokens=4096
-    )
+    program, _, figures = planned(name, "mini", "v5p:2x2x1", "1,1,4,1", batch=16, cache_tokens=4096)
     assert program.num_parameters == pytest.approx(16.26e9, abs=0.005e9)
     assert figures["hbm"]["fits"]
     # One sum per layer of experts, of a bfloat16 residual stream.
