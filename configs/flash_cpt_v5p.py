@@ -77,6 +77,6 @@ def get_config() -> ConfigDict:
                 "block_lengths": [32, 0],
                 "num_batches": 8,
             },
-            "log": {"every_steps": 10},
+            "log": {"every_steps": 10, "tensorboard": True},
         }
     )

@@ -45,6 +45,7 @@ def get_config(scale: str = "1") -> ConfigDict:
             },
             "seed": 0,
             "batch_size": 8,
+            "mesh": {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1},
             "model": {
                 "preset": "tiny",
                 "overrides": {
@@ -81,6 +82,6 @@ def get_config(scale: str = "1") -> ConfigDict:
                 "prompts": ["import ", "def "],
                 "sample_tokens": 32,
             },
-            "log": {"every_steps": 10},
+            "log": {"every_steps": 10, "tensorboard": True},
         }
     )
