@@ -24,6 +24,7 @@ class Program:
       tokens: that a step works on, over all devices.
       hbm_bytes: that a device must read and write, by what it is, see `traffic`.
       expected_bytes: of temporaries that are known beforehand, on one device.
+      step_loops: loops of unknown length that a step is one turn of: 1 for denoising.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Program:
     tokens: int
     hbm_bytes: dict[str, float]
     expected_bytes: dict[str, float]
+    step_loops: int = 0
 
 
 def on_mesh(tree: Any, spec_of: Any = lambda x: x.sharding.spec) -> Any:

@@ -32,7 +32,7 @@ def report(
         "tokens_per_step": program.tokens,
         "parameters": program.num_parameters,
         "hbm": memory(program, result, where.chip),
-        "collectives": None if found is None else collective_rows(found),
+        "collectives": None if found is None else collective_rows(found, program.step_loops),
         "flops": {
             "model_per_step": program.model_flops,
             "model_per_step_and_chip": program.model_flops / len(where.devices),
@@ -52,6 +52,7 @@ def report(
             model_flops=program.model_flops,
             hbm_bytes=program.hbm_bytes,
             found=found,
+            step_loops=program.step_loops,
         )
         figures["roofline"] = {
             "seconds": bound.parts,
@@ -106,12 +107,20 @@ def memory(
     return figures
 
 
-def collective_rows(found: Sequence[collectives.Collective]) -> list[dict[str, Any]]:
-    """Collectives summed by kind, axes and whether a branch leads to them, most bytes first."""
+def collective_rows(
+    found: Sequence[collectives.Collective], step_loops: int
+) -> list[dict[str, Any]]:
+    """Collectives summed by kind, axes and what decides whether they run, most bytes first.
+
+    Args:
+      found: the program's.
+      step_loops: see `program.Program`.
+    """
     rows: dict[tuple, dict[str, Any]] = {}
     sources: dict[tuple, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for c in found:
-        key = (c.kind, c.axes, c.is_conditional)
+        inner_loops = c.unknown_loops[step_loops:]
+        key = (c.kind, c.axes, c.is_conditional, inner_loops)
         row = rows.setdefault(
             key,
             {
@@ -122,18 +131,24 @@ def collective_rows(found: Sequence[collectives.Collective]) -> list[dict[str, A
                 "count": 0,
                 "operand_bytes": 0,
                 "sent_bytes": 0.0,
-                "loops_of_unknown_length": [],
+                "in_loops_of_unknown_length": list(inner_loops),
             },
         )
         row["count"] += c.count
         row["operand_bytes"] += c.count * c.operand_bytes
         row["sent_bytes"] += c.count * c.sent_bytes
-        row["loops_of_unknown_length"] = sorted({*row["loops_of_unknown_length"], *c.unknown_loops})
         sources[key][f"{_place(c.op_name)} {_plain(c.shape)}"] += c.count * c.sent_bytes
     for key, row in rows.items():
         largest = sorted(sources[key].items(), key=lambda item: -item[1])
         row["largest"] = [{"what": what, "sent_bytes": sent} for what, sent in largest[:4]]
-    return sorted(rows.values(), key=lambda row: (row["in_a_branch"], -row["sent_bytes"]))
+    return sorted(
+        rows.values(),
+        key=lambda row: (
+            row["in_a_branch"],
+            bool(row["in_loops_of_unknown_length"]),
+            -row["sent_bytes"],
+        ),
+    )
 
 
 def text_figures(module: hlo.Module) -> dict[str, Any]:
@@ -218,11 +233,13 @@ def _collective_lines(rows: Sequence[Mapping[str, Any]] | None, unknown: str) ->
     if not rows:
         return ["collectives per step: none"]
     lines = [
-        "collectives per step and chip (loops of unknown length counted once)",
+        "collectives per step and chip",
         f"  {'kind':<20}{'axes':<22}{'count':>7}{'MiB sent':>12}  largest",
     ]
     for row in rows:
         branch = " (if its branch is taken)" if row["in_a_branch"] else ""
+        loops = row["in_loops_of_unknown_length"]
+        branch += f" (per turn of {', '.join(loops)})" if loops else ""
         largest = row["largest"][0]["what"] if row["largest"] else ""
         lines.append(
             f"  {row['kind']:<20}{row['axes']:<22}{row['count']:>7}"

@@ -18,8 +18,8 @@ class Roofline:
     Attributes:
       compute_seconds: the model's operations, spread evenly over the chips, at their bfloat16 peak.
       hbm_seconds: bytes of `traffic` at the memory's bandwidth.
-      ici_seconds: bytes sent by the compiled program's collectives at the bandwidth of all of a
-        chip's links, those in branches left out. None where the program's text is unknown.
+      ici_seconds: bytes that the compiled program is sure to send, at the bandwidth of all of a
+        chip's links. None where the program's text is unknown.
     """
 
     compute_seconds: float
@@ -50,6 +50,7 @@ def roofline(
     model_flops: float,
     hbm_bytes: Mapping[str, float],
     found: Sequence[collectives.Collective] | None,
+    step_loops: int = 0,
 ) -> Roofline:
     """The bounds of a step.
 
@@ -58,11 +59,17 @@ def roofline(
       num_chips: of the mesh.
       model_flops: of the whole step, from `train.flops`.
       hbm_bytes: of one chip, by what they are.
-      found: the program's collectives, or None.
+      found: the program's collectives, or None. Those in a branch are not sure to run, nor those in
+        a loop of unknown length inside the step.
+      step_loops: see `program.Program`.
     """
     sent = None
     if found is not None:
-        sent = sum(c.count * c.sent_bytes for c in found if not c.is_conditional)
+        sent = sum(
+            c.count * c.sent_bytes
+            for c in found
+            if not c.is_conditional and len(c.unknown_loops) <= step_loops
+        )
     return Roofline(
         compute_seconds=model_flops / (num_chips * chip.flops_per_second),
         hbm_seconds=sum(hbm_bytes.values()) / chip.hbm_bytes_per_second,

@@ -131,6 +131,7 @@ def sampling_program(
             logits_bytes=_device_logits_bytes(cfg, tokens, rules) if has_logits else 0,
         ),
         expected_bytes={},
+        step_loops=int(has_logits),
     )
 
 
