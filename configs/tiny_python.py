@@ -120,7 +120,7 @@ def _run(phases: list[dict], *, model: dict, text_share: float) -> dict:
         "checkpoint": {"every_steps": 200, "keep_last": 2},
         "eval": {
             "data": {"sources": heldout, "packing": packing, "num_epochs": 1},
-            "every_steps": 400,
+            "every_steps": 500,
             "block_lengths": [BLOCK],
             "num_batches": 8,
             "prompts": ["def is_", "# the sum of"],

@@ -7,6 +7,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from llada_convert import import_hf
 from llada_jax import checkpoint, config, sharding
@@ -19,6 +20,16 @@ from llada_jax.model import formulation as formulations
 from llada_jax.model import transformer
 
 Prompt = str | Sequence[int]
+
+
+def _on_host(tree: Any) -> Any:
+    """The arrays as numpy, whole: other processes may hold rows of them."""
+
+    def gathered(x: jax.Array) -> jax.Array:
+        is_here = x.is_fully_addressable
+        return x if is_here else multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.device_get(jax.tree.map(gathered, tree))
 
 
 class Generator:
@@ -169,7 +180,7 @@ class Generator:
                 state, goes_on, cache = programs.decode_block(
                     self.model, *put, rows, cache, mask_id, history_steps=history_steps
                 )
-                state, goes_on = jax.device_get((state, goes_on))
+                state, goes_on = _on_host((state, goes_on))
             for row, p in enumerate(progress):
                 if p.is_finished:
                     continue

@@ -14,8 +14,8 @@ from tests.train import kill_many
 
 ROOT = pathlib.Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples/conversion"
-# Only sizes change, and the schedule does without blocks of 4, whose step would have to be compiled.
-# A process of its own, since the example sets up JAX's cache.
+# Only sizes change, and the schedule does without blocks of 4, whose step takes long to compile. A
+# process of its own, since the example sets up JAX's cache.
 SMALL = """
 import sys
 sys.path.insert(0, sys.argv[1])
