@@ -10,6 +10,7 @@ mean, and what they cannot tell: docs/compiling.md.
 """
 
 import argparse
+import ast
 import dataclasses
 import json
 import pathlib
@@ -145,6 +146,36 @@ def model_config(args: argparse.Namespace, overrides: Sequence[str]) -> config.M
 
 
 def _read(path: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The mapping of a config file, changed by `--config.NAME=VALUE`.
+
+    What the file names is changed as `llada-train` does it. What it leaves to its default, which
+    `llada-train` refuses to change by a flag, can be tried here too.
+    """
+    mapping = _parse(path, [])
+    named, others = [], []
+    for override in overrides:
+        keys = override.removeprefix(_OVERRIDE).partition("=")[0].split(".")
+        (named if _names(mapping, keys) else others).append(override)
+    if named:
+        mapping = _parse(path, named)
+    for override in others:
+        name, is_given, value = override.removeprefix(_OVERRIDE).partition("=")
+        *folders, last = name.split(".")
+        inner = mapping
+        for folder in folders:
+            inner = inner.setdefault(folder, {})
+            if not isinstance(inner, dict):
+                raise ValueError(f"{override}: {folder} of {path} has no fields")
+        if not is_given:
+            raise ValueError(f"{override}: write {_OVERRIDE}{name}=VALUE")
+        try:
+            inner[last] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            inner[last] = value
+    return mapping
+
+
+def _parse(path: str, overrides: Sequence[str]) -> dict[str, Any]:
     values = flags.FlagValues()
     arguments = ["llada-compile", f"--config={path}", *overrides]
     config_flags.DEFINE_config_file(
@@ -152,6 +183,17 @@ def _read(path: str, overrides: Sequence[str]) -> dict[str, Any]:
     )
     values(arguments)
     return values.config.to_dict()
+
+
+def _names(mapping: Any, keys: Sequence[str]) -> bool:
+    """Whether a nested mapping holds this path; places in lists are left to `ml_collections`."""
+    for key in keys:
+        if not isinstance(mapping, dict):
+            return True
+        if key.partition("[")[0] not in mapping:
+            return False
+        mapping = mapping.get(key)
+    return True
 
 
 def _mesh_of(args: argparse.Namespace) -> config.MeshConfig | None:

@@ -54,6 +54,19 @@ def test_a_preset_is_planned(capsys, tmp_path):
     assert figures["flops"]["model_per_step"] == sum(figures["flops"]["forward_parts"].values())
 
 
+def test_flags_change_a_run_also_where_it_leaves_a_default(run_file):
+    args = compile_cli.parser().parse_args([run_file, "--topology", "cpu:8", "--model", "tiny"])
+    changes = ["batch_size=16", "accumulation=2", "compute.remat=dots", "phases[0].steps=7"]
+    cfg = compile_cli.train_config(args, [f"--config.{change}" for change in changes])
+    assert (cfg.batch_size, cfg.accumulation, cfg.compute.remat) == (16, 2, "dots")
+    assert cfg.phases[0].steps == 7
+    assert cfg.compute.dtype == "float32"
+    with pytest.raises(ValueError, match="nothing"):
+        compile_cli.train_config(args, ["--config.nothing=1"])
+    with pytest.raises(ValueError, match="accumulation"):
+        compile_cli.train_config(args, ["--config.accumulation=two"])
+
+
 @pytest.mark.slow
 def test_a_run_is_planned_with_its_overrides(capsys, run_file):
     arguments = [run_file, "--topology", "cpu:8", "--model", "tiny", "--config.batch_size=16"]
