@@ -67,7 +67,7 @@ def _tune(scale: float) -> dict:
             "warmup_steps": max(round(50 * scale), 1),
         },
     }
-    run = _run([phase], model={"init_from": f"{ROOT}/start/model"}, text_share=0.2)
+    run = _run([phase], model={"init_from": f"{ROOT}/start/model"}, text_share=0.15)
     # Levels above the lowest, all of a row's masks weighing the same, as public fine-tuning does.
     run["noise"] = {
         "low": 0.2,
