@@ -67,7 +67,7 @@ def _tune(scale: float) -> dict:
             "warmup_steps": max(round(50 * scale), 1),
         },
     }
-    run = _run([phase], model={"init_from": f"{ROOT}/start/model"}, text_share=0.2)
+    run = _run([phase], model={"init_from": f"{ROOT}/start/model"}, text_share=0.15)
     # Levels above the lowest, all of a row's masks weighing the same, as public fine-tuning does.
     run["noise"] = {
         "low": 0.2,
@@ -98,10 +98,11 @@ def _twin(scale: float) -> dict:
 
 
 def _run(phases: list[dict], *, model: dict, text_share: float) -> dict:
+    """A run; of the text most is the library's, since sketches stand in the requests as well."""
     packing = {"row_length": ROW, "block_length": BLOCK, "long_documents": "drop"}
     shares = {
-        "functions.train": text_share * 0.7,
-        "sketches.train": text_share * 0.3,
+        "functions.train": text_share * 0.8,
+        "sketches.train": text_share * 0.2,
         "chat.train": 1 - text_share,
     }
     sources = [{"path": f"{DATA}/tokens/{name}", "weight": w} for name, w in shares.items()]

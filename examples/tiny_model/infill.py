@@ -157,7 +157,7 @@ def fill_from_left(twin: generator_lib.Generator, gaps: Sequence[Gap]) -> list[l
     for step in range(gaps[0].length):
         padded = [text + [0] * (longest - len(text)) for text in texts]
         for first in range(0, len(texts), 64):
-            logits = twin.logits(padded[first : first + 64], block_length=1)
+            logits = np.array(twin.logits(padded[first : first + 64], block_length=1))
             logits[..., mask] = -np.inf
             for text, row in zip(texts[first : first + 64], logits, strict=True):
                 text.append(int(row[len(text) - 1].argmax()))

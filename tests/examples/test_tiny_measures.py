@@ -121,6 +121,22 @@ def test_gaps_lie_inside_a_block_and_its_code():
         assert gap.filled(gap.truth) == list(gap.tokens)
 
 
+def test_the_twin_writes_from_the_left_what_it_finds_most_probable():
+    def logits(tokens, *, block_length):
+        """The next higher id, and next to it the mask, which must never be written."""
+        assert block_length == 1
+        out = np.zeros((*np.shape(tokens), VOCAB), np.float32)
+        for row, column in np.ndindex(np.shape(tokens)):
+            out[row, column, np.asarray(tokens)[row, column] + 1] = 1
+            out[row, column, MASK] = 2
+        out.flags.writeable = False  # as what comes from a device
+        return out
+
+    twin = types.SimpleNamespace(logits=logits, config=types.SimpleNamespace(mask_token_id=MASK))
+    gaps = [infill.Gap((1, 2, 0, 0, 0, 0), 2, 2), infill.Gap((5, 5, 5, 5, 0, 0), 4, 2)]
+    assert infill.fill_from_left(twin, gaps) == [[3, 4], [6, 7]]
+
+
 def test_scores_count_gaps_tokens_and_functions():
     pieces = {1: "def f(x):\n    return ", 2: "x", 3: "y", 4: ")"}
     decode = lambda ids: "".join(pieces[i] for i in ids)  # noqa: E731
