@@ -4,8 +4,8 @@ The online softmax of FlashAttention (arXiv:2205.14135) over tiles of the cache:
 share a key-value head are one matrix, scores never leave the chip, and tiles past a row's length
 are not read. The cache of all layers is read where it lies, so that no layer's slice is copied.
 
-Dimension letters: `C` cache capacity in tokens, `M` queries that share a key-value head (G T of
-them), `U` positions of a tile of the cache.
+Dimension letters: `C` cache capacity in tokens, `M` queries of a tile that share a key-value
+head, `U` positions of a tile of the cache.
 """
 
 import functools
@@ -20,6 +20,9 @@ from llada_jax import sharding
 
 DEFAULT_TILE_LENGTH = 512
 _LANES = 128
+# Queries of each head that are in the chip's memory at a time. The blocks of denoising are shorter;
+# the longer chunks of prefill read the cache once for each so many.
+_QUERY_TILE = 128
 _NEVER = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
@@ -75,16 +78,23 @@ def _local(
     batch, block, num_heads, head_dim = query.shape
     capacity, num_groups = cache_key.shape[2:4]
     tile = min(tile, capacity)
-    shared = num_heads // num_groups * block
-    by_group = query.reshape(batch, block, num_groups, -1, head_dim)
-    by_group = jnp.transpose(by_group, (0, 2, 3, 1, 4)).reshape(batch, num_groups, shared, head_dim)
+    query_tile = block if block % _QUERY_TILE else _QUERY_TILE
+    num_tiles, per_group = block // query_tile, num_heads // num_groups
+    shared = per_group * query_tile
+    by_group = query.reshape(batch, num_tiles, query_tile, num_groups, per_group, head_dim)
+    by_group = jnp.transpose(by_group, (0, 1, 3, 4, 2, 5))
+    by_group = by_group.reshape(batch, num_tiles, num_groups, shared, head_dim)
     own = [jnp.swapaxes(a, 1, 2) for a in (key, value)]  # [B, K, T, H]
-    allowed = jnp.tile(mask.astype(jnp.float32), (1, num_heads // num_groups, 1))  # [B, M, T]
+    allowed = mask.astype(jnp.float32).reshape(batch, num_tiles, query_tile, block)
+    allowed = jnp.tile(allowed, (1, 1, per_group, 1))  # [B, tiles, M, T]
 
     def of_row(*shape: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, *shape), lambda b, j, *_: (b, *(0,) * len(shape)))
+        return pl.BlockSpec((None, *shape), lambda b, q, j, *_: (b, *(0,) * len(shape)))
 
-    def cache_index(b, j, length_ref, layer_ref):
+    def of_tile(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, None, *shape), lambda b, q, j, *_: (b, q, *(0,) * len(shape)))
+
+    def cache_index(b, q, j, length_ref, layer_ref):
         # Past the row's length the last tile is named again, and so not read again.
         last = jnp.maximum(pl.cdiv(length_ref[b], tile) - 1, 0)
         return layer_ref[0], b, jnp.minimum(j, last), *(0,) * (cache_rank - 3)
@@ -99,16 +109,16 @@ def _local(
         functools.partial(_kernel, tile=tile),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(batch, pl.cdiv(capacity, tile)),
+            grid=(batch, num_tiles, pl.cdiv(capacity, tile)),
             in_specs=[
-                of_row(num_groups, shared, head_dim),
+                of_tile(num_groups, shared, head_dim),
                 of_row(num_groups, block, head_dim),
                 of_row(num_groups, block, head_dim),
-                of_row(shared, block),
+                of_tile(shared, block),
                 cache_tile,
                 cache_tile,
             ],
-            out_specs=of_row(num_groups, shared, head_dim),
+            out_specs=of_tile(num_groups, shared, head_dim),
             scratch_shapes=[
                 pltpu.VMEM((num_groups, shared, _LANES), jnp.float32),
                 pltpu.VMEM((num_groups, shared, _LANES), jnp.float32),
@@ -116,17 +126,19 @@ def _local(
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(by_group.shape, value.dtype),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary")
+        ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * entries * shared,
-            transcendentals=batch * num_groups * shared * capacity,
-            bytes_accessed=entries * cache_key.dtype.itemsize,
+            flops=2 * entries * shared * num_tiles,
+            transcendentals=batch * num_groups * shared * num_tiles * capacity,
+            bytes_accessed=entries * num_tiles * cache_key.dtype.itemsize,
         ),
         interpret=interpret,
         name="cache_attention",
     )(length, jnp.reshape(layer, 1), by_group, *own, allowed, cache_key, cache_value)
-    out = out.reshape(batch, num_groups, -1, block, head_dim)
-    return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(query.shape)
+    out = out.reshape(batch, num_tiles, num_groups, per_group, query_tile, head_dim)
+    return jnp.transpose(out, (0, 1, 4, 2, 3, 5)).reshape(query.shape)
 
 
 def _kernel(
@@ -145,9 +157,9 @@ def _kernel(
     *,
     tile: int,
 ):
-    """One row and one tile of its cache; the block itself comes before the first tile."""
+    """One row, a tile of its queries and one of its cache; the block comes before the cache."""
     del layer_ref  # the tiles are this layer's
-    row, step = pl.program_id(0), pl.program_id(1)
+    row, step = pl.program_id(0), pl.program_id(2)
     num_groups, _, head_dim = query_ref.shape
 
     def visit(group: int, keys: Array, values: Array, is_seen: Array):
@@ -185,7 +197,7 @@ def _kernel(
             values = jnp.where(is_live, cache_value_ref[at], 0)
             visit(group, cache_key_ref[at], values, is_seen)
 
-    @pl.when(step == pl.num_programs(1) - 1)
+    @pl.when(step == pl.num_programs(2) - 1)
     def _():
         tiny = jnp.finfo(jnp.float32).tiny
         for group in range(num_groups):

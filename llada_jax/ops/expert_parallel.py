@@ -37,6 +37,10 @@ ALGORITHMS = (
 )
 
 
+# Rows of a tile of the grouped kernels: for other numbers XLA takes a dense product for TPUs.
+_TILE_ROWS = 512
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dispatch:
     """How tokens reach their experts.
@@ -159,7 +163,8 @@ def _experts_of(
     def of_own_experts(x, indices, weights, *matrices):
         rows = None
         if num_ranks > 1 and indices.size > dispatch.min_rows:
-            rows = max(int(dispatch.slack * indices.size / num_ranks), dispatch.min_rows)
+            rows = int(dispatch.slack * indices.size / num_ranks)
+            rows = max(-(-rows // _TILE_ROWS) * _TILE_ROWS, dispatch.min_rows)
         first = sharding.axis_index(axes) * num_experts
         return local_experts.local_experts(
             x, indices - first, weights, *matrices, rows_at_once=rows, **common

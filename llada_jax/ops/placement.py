@@ -54,8 +54,7 @@ def rows_of_tokens(x: Float[Array, "T D"], placement: Placement) -> Float[Array,
 
 
 def _rows_backward(placement: Placement, d_rows: Array):
-    taken = take(d_rows, placement.places).astype(jnp.float32)
-    return jnp.sum(taken, axis=1).astype(d_rows.dtype), None
+    return _sum_over_rows(d_rows, placement.places).astype(d_rows.dtype), None
 
 
 rows_of_tokens.defvjp(lambda x, rows: (rows_of_tokens(x, rows), rows), _rows_backward)
@@ -66,7 +65,20 @@ def tokens_of_rows(
     rows: Float[Array, "M D"], weights: Float[Array, "T S"], placement: Placement
 ) -> Float[Array, "T D"]:
     """The weighted sum of each token's rows, in float32."""
-    return jnp.einsum("tsd,ts->td", take(rows, placement.places).astype(jnp.float32), weights)
+    return _sum_over_rows(rows, placement.places, weights)
+
+
+def _sum_over_rows(
+    rows: Float[Array, "M D"],
+    places: Int[Array, "T S"],
+    weights: Float[Array, "T S"] | None = None,
+) -> Float[Array, "T D"]:
+    """One row of each token at a time: all together they would be S times as large."""
+    total = jnp.zeros((places.shape[0], rows.shape[1]), jnp.float32)
+    for s in range(places.shape[1]):
+        row = take(rows, places[:, s]).astype(jnp.float32)
+        total += row if weights is None else row * weights[:, s, None]
+    return total
 
 
 def _tokens_forward(rows, weights, placement):
@@ -77,8 +89,11 @@ def _tokens_backward(residuals, d_tokens):
     rows, weights, placement = residuals
     weight = take(weights.reshape(-1), placement.choices)
     d_rows = (take(d_tokens, placement.tokens) * weight[:, None]).astype(rows.dtype)
-    taken = take(rows, placement.places).astype(jnp.float32)
-    return d_rows, jnp.einsum("tsd,td->ts", taken, d_tokens), None
+    d_weights = [
+        jnp.sum(take(rows, placement.places[:, s]).astype(jnp.float32) * d_tokens, axis=1)
+        for s in range(weights.shape[1])
+    ]
+    return d_rows, jnp.stack(d_weights, axis=1), None
 
 
 tokens_of_rows.defvjp(_tokens_forward, _tokens_backward)

@@ -12,7 +12,7 @@ RULES = sharding.SERVE_RULES
 LAYERS, BLOCK, HEAD_DIM = 2, 8, 16
 
 
-def attend(mesh, *, heads, capacity, lengths, one_mask, dtype=np.float32, **kernel):
+def attend(mesh, *, heads, capacity, lengths, one_mask, dtype=np.float32, block=BLOCK, **kernel):
     """Attention of one layer by the kernel, or in the plain form if no option is given."""
     rng = np.random.default_rng(0)
     batch, layer = len(lengths), 1
@@ -20,11 +20,11 @@ def attend(mesh, *, heads, capacity, lengths, one_mask, dtype=np.float32, **kern
     def draw(*shape):
         return rng.standard_normal(shape).astype(dtype)
 
-    query = draw(batch, BLOCK, heads[0], HEAD_DIM)
-    key, value = (draw(batch, BLOCK, heads[1], HEAD_DIM) for _ in range(2))
+    query = draw(batch, block, heads[0], HEAD_DIM)
+    key, value = (draw(batch, block, heads[1], HEAD_DIM) for _ in range(2))
     caches = [draw(LAYERS, batch, capacity, heads[1], HEAD_DIM) for _ in range(2)]
-    mask = rng.random((1 if one_mask else batch, BLOCK, BLOCK)) < 0.6
-    mask |= np.eye(BLOCK, dtype=bool)
+    mask = rng.random((1 if one_mask else batch, block, block)) < 0.6
+    mask |= np.eye(block, dtype=bool)
     mask[0, 3] = False  # sees the cache only, and nothing where that is empty
     mesh = sharding.make_mesh(mesh)
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
@@ -66,6 +66,7 @@ CASES = {
     "a last tile that is part": {"heads": (4, 2), "capacity": 60, "lengths": (60, 59, 3, 48)},
     "one group": {"heads": (3, 1), "capacity": 40, "lengths": (33,)},
     "no groups": {"heads": (2, 2), "capacity": 40, "lengths": (7, 40)},
+    "several tiles of queries": {"heads": (4, 2), "capacity": 40, "lengths": (7,), "block": 256},
 }
 
 
