@@ -21,9 +21,9 @@ _REMAT_POLICIES = {
 REMAT = tuple(_REMAT_POLICIES)
 
 # Implementations of `grouped_matmul` that index the whole stack of layers themselves. Slicing one
-# layer's experts out of the stack would copy them at every forward pass; on a CPU that copy takes
-# longer than the products of a block of 32 tokens.
-_READS_STACK = frozenset({"blocks"})
+# layer's experts out of the stack would copy them at every forward pass, which for a block of 32
+# tokens is more work than its products: measured on a CPU, and by the compiler's estimate on TPUs.
+_READS_STACK = frozenset({"blocks", "megablox", "megablox_emulated"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,8 +90,11 @@ def for_sampling(
     Defaults for TPUs are by memory and bytes moved, which compiled programs tell; no device was at
     hand to measure time.
     """
+    fastest = grouped_matmul_ops.default_implementation(platform)
+    if platform == "tpu":
+        fastest = "megablox"  # reads the stack of all layers where it lies
     return Formulation(
-        grouped_matmul=grouped_matmul or grouped_matmul_ops.default_implementation(platform),
+        grouped_matmul=grouped_matmul or fastest,
         dispatch=dispatch or "replicated",
         cache_attention=cache_attention or ("kernel" if platform == "tpu" else "plain"),
     )

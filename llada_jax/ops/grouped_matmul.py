@@ -77,25 +77,27 @@ def grouped_mlp(
         return _blocks(x, rows.tokens, matrices, group_sizes, group_offset, row_alignment)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation {implementation!r} is not one of {IMPLEMENTATIONS}")
-    product = jax.lax.ragged_dot
-    if implementation != "ragged_dot":
-        product = functools.partial(_megablox, interpret=implementation == "megablox_emulated")
     taken = placement.rows_of_tokens(x, rows)
-    return _three_products(product, taken, matrices, group_sizes, group_offset)
+    count, num_matrices = group_sizes.shape[0], gate_proj.shape[0]
+    if implementation == "ragged_dot":
+        if num_matrices != count:
+            matrices = tuple(jax.lax.dynamic_slice_in_dim(w, group_offset, count) for w in matrices)
+        return _three_products(jax.lax.ragged_dot, taken, matrices, group_sizes)
+    if num_matrices != count:
+        # Other layers' groups are empty, and the kernel does not visit them.
+        none = jnp.zeros((num_matrices,), group_sizes.dtype)
+        group_sizes = jax.lax.dynamic_update_slice_in_dim(none, group_sizes, group_offset, 0)
+    product = functools.partial(_megablox, interpret=implementation == "megablox_emulated")
+    return _three_products(product, taken, matrices, group_sizes)
 
 
 def _three_products(
     product: Callable[[Array, Array, Array], Array],
     rows: Array,
-    matrices: tuple[Array, Array, Array],
+    matrices: tuple[Array, ...],
     group_sizes: Array,
-    group_offset: Array | int,
 ) -> Array:
-    count = group_sizes.shape[0]
-    gate, up, down = (
-        w if w.shape[0] == count else jax.lax.dynamic_slice_in_dim(w, group_offset, count)
-        for w in matrices
-    )
+    gate, up, down = matrices
     hidden = activations.swiglu(product(rows, gate, group_sizes), product(rows, up, group_sizes))
     return product(hidden, down, group_sizes)
 
