@@ -23,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--implementations",
         nargs="+",
-        default=list(grouped_matmul.IMPLEMENTATIONS),
         choices=grouped_matmul.IMPLEMENTATIONS,
+        help="by default all but kernels that this backend has not",
     )
     parser.add_argument("--repeats", type=int, default=15, help="timed runs, the median counts")
 
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             x, chosen, share = jax.device_put((x, chosen, share), rows)
             operations = 6 * num_tokens * args.experts_per_token * hidden * width
             results: dict[str, Any] = {}
-            for name in args.implementations:
+            for name in args.implementations or _of_this_backend():
                 layer = _layer(name)
                 # The machine's speed drifts: the peak is measured between the layer's runs.
                 ours, peak = _alternate(
@@ -72,6 +72,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 }
             figures[f"{num_tokens} tokens"] = results
     return figures
+
+
+def _of_this_backend() -> tuple[str, ...]:
+    common = ("ragged_dot", "blocks")
+    return (*common, "megablox") if jax.default_backend() == "tpu" else common
 
 
 def _layer(implementation: str) -> Callable[..., jax.Array]:

@@ -267,7 +267,7 @@ def test_an_answer_in_a_chat_ends_at_the_role_end(run, with_tokenizer, tmp_path)
         ([str(MODEL), "--file", "nowhere.txt"], "", ["nowhere.txt", "check the path"]),
         ([str(MODEL), "--token-ids", "-", "--mesh", "1,2"], "[1]", ["mesh '1,2'", "four sizes"]),
         ([str(MODEL), "--token-ids", "-", "--mesh", "9,9,9,9"], "[1]", ["devices", "smaller mesh"]),
-        ([str(MODEL), "--token-ids", "-", "--mesh", "1,1,1,8"], "[1]", ["tensor", "divides"]),
+        ([str(MODEL), "--token-ids", "-", "--mesh", "1,1,1,8"], "[1]", ["tensor", "divide"]),
         ([str(MODEL), "--gen-lenth", "4"], "", ["--gen-lenth", "llada-generate --help"]),
         ([str(MODEL), "--token-ids", "-"], "[1]\n\n[512]", ["line 3", "512", "vocab_size"]),
         ([str(MODEL), "--token-ids", "-"], '[1]\n{"token_ids": [2], "mask_id": 600}', ["line 2"]),

@@ -122,7 +122,7 @@ def test_loading_from_either_side_gives_the_same_model(golden, tmp_path, mesh, r
     assert direct.cfg.to_hf() == imported.cfg.to_hf()
     assert direct.cfg.mask_token_id == 503
     assert direct.cfg.dtype == "bfloat16"
-    assert direct.grouped_matmul == imported.grouped_matmul == "blocks"
+    assert direct.formulation == imported.formulation == IN_BLOCKS
 
 
 @pytest.mark.parametrize("chunk_bytes", [900, regions.CHUNK_BYTES])

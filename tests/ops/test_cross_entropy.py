@@ -15,7 +15,7 @@ MESHES = {
     "2122": config.MeshConfig(data=2, expert=2, tensor=2),
     "1421": config.MeshConfig(fsdp=4, expert=2),
 }
-BATCH, LENGTH, EMBED, VOCAB = 4, 22, 16, 48
+BATCH, LENGTH, EMBED, VOCAB = 8, 22, 16, 48
 
 
 def inputs(seed=0, dtype=jnp.float32):
