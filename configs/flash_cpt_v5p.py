@@ -50,8 +50,10 @@ def get_config() -> ConfigDict:
         {
             "seed": 0,
             "batch_size": 512,
-            # Ranks of `expert` see the same rows, and each would compute their attention again.
-            "mesh": {"data": 1, "fsdp": 128, "expert": 1, "tensor": 1},
+            # One row per chip at a time.
+            "accumulation": 4,
+            # Sixteen chips share a layer's experts, so that a chip gathers a sixteenth of them.
+            "mesh": {"data": 1, "fsdp": 8, "expert": 16, "tensor": 1},
             "model": {
                 "init_from": "checkpoints/flash-base",
                 "tokenizer": "checkpoints/flash-tokenizer",

@@ -50,7 +50,10 @@ def get_config() -> ConfigDict:
         {
             "seed": 0,
             "batch_size": 256,
-            "mesh": {"data": 1, "fsdp": 32, "expert": 1, "tensor": 1},
+            # Two rows per chip at a time.
+            "accumulation": 4,
+            # Eight chips share a layer's experts, so that a chip gathers an eighth of them for its rows.
+            "mesh": {"data": 1, "fsdp": 4, "expert": 8, "tensor": 1},
             "model": {
                 "init_from": "checkpoints/mini-base",
                 "tokenizer": "checkpoints/mini-tokenizer",
