@@ -69,15 +69,19 @@ def final_tensors(workdir: pathlib.Path, out: pathlib.Path) -> dict[str, np.ndar
 
 def kill_many(config: pathlib.Path, folder: pathlib.Path, *, kills: int, seed: int) -> dict:
     """Runs undisturbed and disturbed; returns what happened."""
-    # The first run fills the cache of compiled programs, so later ones are shorter than it says.
+    # The first run fills the cache of compiled programs; the second shows how long one takes then,
+    # and once more, with nothing left to do, how much of that is its start.
+    finish(config, folder / "first")
     seconds = finish(config, folder / "undisturbed")
+    start_seconds = finish(config, folder / "undisturbed")
+    latest = start_seconds + 1.5 * (seconds - start_seconds) / kills
     draws = random.Random(seed)
     found = []
     disturbed = folder / "disturbed"
     for _ in range(kills):
         process = start(config, disturbed)
         try:
-            process.wait(timeout=draws.uniform(0.1, 0.6) * seconds)
+            process.wait(timeout=draws.uniform(0.5 * start_seconds, latest))
             found.append("finished before it was killed")
             break
         except subprocess.TimeoutExpired:
