@@ -52,7 +52,7 @@ def get_config() -> ConfigDict:
             "batch_size": 256,
             # Two rows per chip at a time.
             "accumulation": 4,
-            # Eight chips share a layer's experts, so that a chip gathers an eighth of them for its rows.
+            # Eight chips share a layer's experts, so that a chip gathers an eighth of them.
             "mesh": {"data": 1, "fsdp": 4, "expert": 8, "tensor": 1},
             "model": {
                 "init_from": "checkpoints/mini-base",
