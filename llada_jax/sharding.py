@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -148,6 +148,27 @@ def check_fits(mesh: config.MeshConfig, model: config.ModelConfig, rules: AxisRu
 def num_shards(axes: MeshAxes, sizes: Mapping[str, int]) -> int:
     """Number of shards of a dimension split over these axes of a mesh of these sizes."""
     return math.prod(sizes[name] for name in axis_names(axes))
+
+
+def on_mesh(tree: Any, spec_of: Callable[[Any], P] | None = None) -> Any:
+    """Shapes and types of a tree, placed on the current mesh's devices.
+
+    Tracing knows the mesh's shape only; restoring, placing and compiling need its devices.
+
+    Args:
+      tree: arrays, or what stands for them.
+      spec_of: the partition of a leaf; by default its own, and whole where it has none.
+    """
+    mesh = jax.sharding.get_mesh()
+
+    def own_spec(leaf: Any) -> P:
+        return P() if leaf.sharding is None else leaf.sharding.spec
+
+    def one(leaf: Any) -> jax.ShapeDtypeStruct:
+        placed = jax.sharding.NamedSharding(mesh, (spec_of or own_spec)(leaf))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
+
+    return jax.tree.map(one, tree)
 
 
 def axis_names(axes: MeshAxes) -> tuple[str, ...]:

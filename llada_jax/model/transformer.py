@@ -284,14 +284,7 @@ def abstract_model(
     Needs `jax.set_mesh(mesh)`. The arguments are those of `LLaDA2`.
     """
     model = jax.eval_shape(lambda: LLaDA2(cfg, rules, formulation=formulation, rngs=nnx.Rngs(0)))
-    mesh = jax.sharding.get_mesh()
-
-    # Tracing knows the mesh's shape only; restoring and placing need its devices.
-    def on_devices(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        placed = jax.sharding.NamedSharding(mesh, leaf.sharding.spec)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
-
-    return jax.tree.map(on_devices, model)
+    return sharding.on_mesh(model)
 
 
 def num_parameters(cfg: config.ModelConfig) -> int:

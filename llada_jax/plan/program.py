@@ -40,17 +40,6 @@ class Program:
     step_loops: int = 0
 
 
-def on_mesh(tree: Any, spec_of: Any = lambda x: x.sharding.spec) -> Any:
-    """Shapes and types of a tree, placed on the current mesh's devices."""
-    mesh = jax.sharding.get_mesh()
-
-    def one(leaf: Any) -> jax.ShapeDtypeStruct:
-        placed = jax.sharding.NamedSharding(mesh, spec_of(leaf))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
-
-    return jax.tree.map(one, tree)
-
-
 def device_bytes(tree: Any) -> int:
     """Bytes of one device's part of placed arrays."""
     return sum(

@@ -151,14 +151,14 @@ def _lower(
         return programs.commit_block.lower(model, tokens, start, cache)
     is_active = _rows(np.zeros((num_rows,), bool), model.rules)
     requests = _rows(batching.host_rows([job], num_rows), model.rules)
-    mask_id = program_lib.on_mesh(np.zeros((), np.int32), lambda _: jax.P())
+    mask_id = sharding.on_mesh(np.zeros((), np.int32), lambda _: jax.P())
     program = {"denoise_block": programs.denoise_block, "decode_block": programs.decode_block}[name]
     return program.lower(model, tokens, start, is_active, requests, cache, mask_id, history_steps=0)
 
 
 def _rows(tree: Any, rules: sharding.AxisRules) -> Any:
     """Shapes of arrays whose first dimension is the batch, placed."""
-    return program_lib.on_mesh(tree, lambda x: rules.spec("batch", *[None] * (x.ndim - 1)))
+    return sharding.on_mesh(tree, lambda x: rules.spec("batch", *[None] * (x.ndim - 1)))
 
 
 def _cache(
@@ -173,7 +173,7 @@ def _cache(
             dtype=cfg.dtype,
         )
 
-    return program_lib.on_mesh(jax.eval_shape(empty))
+    return sharding.on_mesh(jax.eval_shape(empty))
 
 
 def _device_logits_bytes(

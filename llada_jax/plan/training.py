@@ -55,14 +55,14 @@ def training_program(
         }
         arrays = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in rows.items()}
         arrays["example_ids"] = jax.ShapeDtypeStruct(shape[:1], np.int32)
-        batch = objective.Batch(**program_lib.on_mesh(arrays, lambda _: model.rules.spec("batch")))
+        batch = objective.Batch(**sharding.on_mesh(arrays, lambda _: model.rules.spec("batch")))
         numbers = {
             "key": jax.eval_shape(lambda: jax.random.key(0)),
             "learning_rate": jax.ShapeDtypeStruct((), jnp.float32),
             "embedding_noise": jax.ShapeDtypeStruct((), jnp.float32),
             "is_watched": jax.ShapeDtypeStruct((), jnp.bool_),
         }
-        inputs = step_lib.StepInputs(**program_lib.on_mesh(numbers, lambda _: jax.P()))
+        inputs = step_lib.StepInputs(**sharding.on_mesh(numbers, lambda _: jax.P()))
         program = step_lib.jit_step(cfg, state_lib.split_model(model)[0], made)
         lowered = program.lower(
             state,

@@ -79,12 +79,4 @@ def abstract_state(cfg: config.ModelConfig, optimizer: optax.GradientTransformat
     """Shapes, dtypes and shardings of a state on the current mesh."""
     model = transformer.abstract_model(cfg.replace(dtype="float32"), sharding.TRAIN_RULES)
     _, params, rest = split_model(model)
-    state = jax.eval_shape(lambda p, r: new_state(p, r, optimizer), params, rest)
-    mesh = jax.sharding.get_mesh()
-
-    def on_devices(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        spec = leaf.sharding.spec if leaf.sharding is not None else jax.P()
-        placed = jax.sharding.NamedSharding(mesh, spec)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
-
-    return jax.tree.map(on_devices, state)
+    return sharding.on_mesh(jax.eval_shape(lambda p, r: new_state(p, r, optimizer), params, rest))
