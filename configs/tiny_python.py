@@ -25,8 +25,8 @@ DATA = f"{ROOT}/data"
 BLOCK, ROW = 32, 128
 PEAK = 2e-3
 # Steps of each phase.
-START = {"autoregressive": 3000, "blocks_4": 300, "masked": 2000, "blocks_32": 2000}
-TUNE = 2500
+START = {"autoregressive": 3000, "blocks_4": 200, "masked": 1500, "blocks_32": 2000}
+TUNE = 1800
 
 
 def get_config(choice: str = "start") -> ConfigDict:
@@ -51,7 +51,7 @@ def _start(scale: float) -> dict:
         phase |= {"steps": max(round(START[phase["name"]] * scale), 1), "learning_rate": constant}
     phases[0]["learning_rate"] = constant | {"warmup_steps": max(round(50 * scale), 1)}
     phases[-1]["learning_rate"] = {"kind": "linear", "peak": PEAK, "floor": PEAK / 4}
-    return _run(phases, model=_fresh(), text_share=0.5)
+    return _run(phases, model=_fresh(), text_share=0.6)
 
 
 def _tune(scale: float) -> dict:
@@ -67,7 +67,7 @@ def _tune(scale: float) -> dict:
             "warmup_steps": max(round(50 * scale), 1),
         },
     }
-    run = _run([phase], model={"init_from": f"{ROOT}/start/model"}, text_share=0.15)
+    run = _run([phase], model={"init_from": f"{ROOT}/start/model"}, text_share=0.25)
     # Levels above the lowest, all of a row's masks weighing the same, as public fine-tuning does.
     run["noise"] = {
         "low": 0.2,
@@ -141,7 +141,7 @@ def _fresh() -> dict:
             "mask_token_id": 2,
             "hidden_size": 192,
             "intermediate_size": 512,
-            "num_hidden_layers": 5,
+            "num_hidden_layers": 4,
             "num_attention_heads": 6,
             "num_key_value_heads": 2,
             "head_dim": 32,
