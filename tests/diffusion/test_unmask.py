@@ -149,6 +149,10 @@ def test_presets_are_those_of_the_model_card():
     assert speed.max_post_steps == quality.max_post_steps == 16
 
 
+# Compiled once for all cases: its loops would be compiled again at every call.
+KEPT = jax.jit(filtering.kept)
+
+
 def filtered(logits, temperature, top_k, top_p):
     """Distributions over the vocabulary, in its order."""
     rows = logits.shape[0]
@@ -157,7 +161,7 @@ def filtered(logits, temperature, top_k, top_p):
         return jnp.full((rows,), value, dtype)
 
     tempered = jnp.asarray(logits)[:, None] / temperature
-    stays = filtering.kept(tempered, full(top_k, jnp.int32), full(top_p, jnp.float32))
+    stays = KEPT(tempered, full(top_k, jnp.int32), full(top_p, jnp.float32))
     return np.asarray(filtering.probabilities(tempered, stays))[:, 0]
 
 
@@ -203,9 +207,7 @@ def test_filters_keep_what_a_sort_would_also_where_many_are_equal(seed, top_k, t
     # Few values, so that thresholds fall on ties; no sum of so few comes near the limits on mass.
     logits = np.log(rng.integers(1, 4, (2, 3, 17))).astype(np.float32)
     logits[:, :, 5] = -np.inf
-    got = filtering.kept(
-        jnp.asarray(logits), jnp.full((2,), top_k), jnp.full((2,), top_p, jnp.float32)
-    )
+    got = KEPT(jnp.asarray(logits), jnp.full((2,), top_k), jnp.full((2,), top_p, jnp.float32))
     for place in np.ndindex(2, 3):
         wanted = kept_by_sorting(logits[place], top_k, top_p)
         is_possible = np.isfinite(logits[place])
