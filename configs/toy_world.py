@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 # Another folder for trials, which leaves the real data and runs alone.
 ROOT = os.environ.get("TOY_WORLD_ROOT", "build/toy_world")
 VOCAB, EOS, MASK = 160, 0, 1
-ROW, BLOCK, BATCH, SFT_BATCH = 64, 16, 24, 16
+ROW, BLOCK, BATCH, SFT_BATCH = 64, 16, 16, 16
 PEAK, WARMUP_STEPS = 2e-3, 20
 STORES = {"facts": 0.5, "addition": 0.15, "markov": 0.35}
 
@@ -28,7 +28,7 @@ Phases = Sequence[tuple[str, int]]
 WSD: Phases = (("1", 25), ("4", 35), ("16", 40), ("full", 240), ("32", 40), ("16", 60))
 # A step of blocks has two copies of the row, of which one goes through the head: measured by
 # `train.flops`, it costs this many steps of the row alone.
-BLOCK_COST = 1.95
+BLOCK_COST = 1.94
 _AT_BLOCKS = sum(steps for name, steps in WSD if name != "full") - WSD[-1][1]
 DIRECT: Phases = (("16", _AT_BLOCKS + round(240 / BLOCK_COST)), WSD[-1])
 STABLE_STEPS, MERGED = 1200, 4
@@ -123,6 +123,7 @@ def run(root: str, name: str, *, seed: int, scale: float) -> dict[str, Any]:
         every = stable_period(scale)
         mapping["checkpoint"] |= {"every_steps": every, "keep_every_steps": every}
     if name == "resume":
+        mapping["phases"] = _phases(lengths, 1.0, PEAK)
         mapping |= {"batch_size": 8, "mesh": {}, "checkpoint": {"every_steps": 3, "keep_last": 2}}
     return mapping
 

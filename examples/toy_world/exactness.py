@@ -10,6 +10,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from configs import toy_world
@@ -59,6 +60,18 @@ def token_nll(model: transformer.LLaDA2, noised: objective.Noised) -> jax.Array:
     ).nll
 
 
+def corruption(batch: objective.Batch, is_masked: jax.Array, level: jax.Array) -> noise.Corruption:
+    """The corruption that masks these targets and changes nothing else."""
+    return noise.Corruption(
+        level=level,
+        is_masked=is_masked,
+        tokens=jnp.where(is_masked, jnp.int32(world.MASK), batch.tokens),
+        is_replaced=jnp.zeros_like(is_masked),
+        is_kept=jnp.zeros_like(is_masked),
+        row_keys=noise.row_keys(jax.random.key(0), batch.example_ids),
+    )
+
+
 def left_to_right(folder: pathlib.Path, root: pathlib.Path) -> np.ndarray:
     """A forward pass for each token: what comes before it in its document, then [MASK]."""
     batch = _some_rows(root)
@@ -99,17 +112,13 @@ def monte_carlo(model: transformer.LLaDA2) -> tuple[float, float, float]:
     sets = np.array(list(itertools.product([False, True], repeat=length)))
     is_masked = np.tile(sets, (NUM_DOCUMENTS, 1))
     every = measure.put(_documents(np.repeat(documents, len(sets), axis=0)))
-    corruption = noise.Corruption(
-        level=np.ones(is_masked.shape, np.float32),
-        is_masked=is_masked,
-        tokens=np.where(is_masked, world.MASK, every.tokens).astype(np.int32),
-        is_replaced=np.zeros_like(is_masked),
-        is_kept=np.zeros_like(is_masked),
-        row_keys=np.zeros((len(is_masked), 2), np.uint32),
-    )
-    rows = every.example_ids.sharding
-    corruption = jax.tree.map(lambda x: jax.device_put(x, rows), corruption)
-    nll = np.asarray(token_nll(model, jax.jit(goal.assemble)(every, corruption)), np.float64)
+
+    @jax.jit
+    def assembled(batch: objective.Batch, is_masked: jax.Array) -> objective.Noised:
+        return goal.assemble(batch, corruption(batch, is_masked, jnp.ones(is_masked.shape)))
+
+    on_device = jax.device_put(is_masked, every.example_ids.sharding)
+    nll = np.asarray(token_nll(model, assembled(every, on_device)), np.float64)
     # The mean over levels of t^(k-1) (1-t)^(n-k), exact for polynomials of this degree.
     nodes, weights = np.polynomial.legendre.leggauss(length)
     levels = LOW + (1 - LOW) * (nodes + 1) / 2

@@ -134,7 +134,7 @@ def fill(
     length = len(documents[0])
     is_hidden = np.zeros(length - 1, bool)
     is_hidden[hidden] = True
-    prompts = [np.where(is_hidden, world.MASK, document[:-1]) for document in documents]
+    prompts = [np.where(is_hidden, world.MASK, d[:-1]).tolist() for d in documents]
     found: dict[int, world.Tokens] = {}
     for event in generator.stream(
         prompts,
@@ -169,7 +169,7 @@ def num_filled(
     )
 
 
-def knowledge(folder: pathlib.Path, *, is_left_to_right: bool = False) -> dict[str, Any]:
+def knowledge(folder: pathlib.Path, *, is_left_to_right: bool = False) -> dict[str, list[int]]:
     """Facts and sums, as [right, asked].
 
     "memorised" is what training told, asked in its direction; "unseen" the other direction of what
@@ -182,17 +182,15 @@ def knowledge(folder: pathlib.Path, *, is_left_to_right: bool = False) -> dict[s
         right = num_filled(generator, documents, hidden, is_left_to_right=is_left_to_right)
         return [right, len(documents)]
 
-    found: dict[str, Any] = {
-        "memorised_forward": ask([f.forward for f in known if f.told("forward")], second),
-        "memorised_backward": ask([f.backward for f in known if f.told("backward")], second),
-        "unseen_forward": ask([f.forward for f in known if f.group == "backward"], second),
-        "unseen_backward": ask([f.backward for f in known if f.group == "forward"], second),
+    one_way = [f for f in known if f.group != "both"]
+    found = {
+        "memorised": ask(world.told_facts(), second),
+        "unseen": ask([f.backward if f.told("forward") else f.forward for f in one_way], second),
         "sums": ask(world.sums(is_heldout=True)[:NUM_SUMS], slice(6, 9)),
     }
     if not is_left_to_right:
-        told = [f.forward if f.group == "forward" else f.backward for f in known]
-        once = [d for d, f in zip(told, known, strict=True) if f.group != "both"]
-        found["infill"] = ask(once, first)
+        told = [f.forward if f.told("forward") else f.backward for f in one_way]
+        found["infill"] = ask(told, first)
     return found
 
 

@@ -2,6 +2,7 @@
 
 import pathlib
 import random
+import shutil
 import time
 from typing import Any
 
@@ -11,9 +12,10 @@ from tests.train import kill_many
 
 
 def check(seed: stages.Seed) -> dict[str, Any]:
-    """Kills with SIGKILL and starts again; returns where, and how many final tensors differ."""
+    """Kills with SIGKILL and starts again; returns where, and which final tensors differ."""
     folder = seed.folder / "resume"
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # What an interrupted call left.
+    folder.mkdir(parents=True)
     mapping = seed.mapping("resume")
     path = folder / "config.py"
     path.write_text(
@@ -31,11 +33,17 @@ def check(seed: stages.Seed) -> dict[str, Any]:
     one, other = (
         kill_many.final_tensors(run, folder / f"{run.name}_hf") for run in (whole, killed)
     )
+    differing = [
+        name
+        for name in one.keys() | other.keys()
+        if name not in one or name not in other or one[name].tobytes() != other[name].tobytes()
+    ]
     return {
-        "phases": len(mapping["phases"]),
+        "num_kills": len(kills),
         "killed_at": kills,
-        "tensors": len(one),
-        "differing": [n for n in one.keys() | other.keys() if not _is_same(one, other, n)],
+        "num_tensors": len(one),
+        "num_differing": len(differing),
+        "differing": differing,
     }
 
 
@@ -53,7 +61,3 @@ def _killed_after(config: pathlib.Path, workdir: pathlib.Path, step: int) -> int
     finally:
         process.kill()
         process.wait()
-
-
-def _is_same(one: dict[str, Any], other: dict[str, Any], name: str) -> bool:
-    return name in one and name in other and one[name].tobytes() == other[name].tobytes()

@@ -20,8 +20,6 @@ from absl import logging
 
 from configs import toy_world
 from examples.toy_world import exactness, measure, resume, stages, targets, variance, world
-from llada_jax.model import transformer
-from llada_jax.train import architecture
 
 Stage = Callable[[], dict[str, Any]]
 
@@ -37,28 +35,29 @@ def main() -> None:
     flags.add_argument("--only", nargs="+", help="stages to do, the others left out")
     args = flags.parse_args()
     logging.set_verbosity(logging.WARNING)
+    logging.use_absl_handler()
+    logging.get_absl_handler().python_handler.addFilter(lambda r: "orbax" not in r.pathname)
     root: pathlib.Path = args.workdir.absolute()
-    _check_scale(root / "settings.json", args.scale)
+    settings = {"scale": args.scale, "is_fast": args.fast}
+    _check_settings(root / "settings.json", settings)
     # One simulated device for each core: XLA computes most of a step of one device in one thread.
     jax.config.update("jax_num_cpu_devices", 2)
     # Stages build their own jitted functions; seeds share what they compile to.
     jax.config.update("jax_compilation_cache_dir", str(root / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     world.write_stores(root / "data")
-    seeds = {str(n): stages.Seed(root, n, args.scale) for n in args.seeds}
-    first = seeds[str(args.seeds[0])]
-    results: dict[str, Any] = {"settings": settings(first), "seeds": {name: {} for name in seeds}}
+    settings["markov_nats_per_token"] = world.markov().nats_per_token
+    results: dict[str, Any] = {"settings": settings, "seeds": {str(n): {} for n in args.seeds}}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-
-    def add(place: dict[str, Any], name: str, seed: stages.Seed, stage: Stage) -> None:
-        if args.only is None or name in args.only:
-            place[name] = once(seed.folder / f"{name}.json", stage)
-            args.out.write_text(json.dumps(results, indent=1) + "\n")
-
-    for name, seed in seeds.items():
-        for stage, do in (fast_stages(seed) if args.fast else full_stages(seed)).items():
-            add(results["seeds"][name], stage, seed, do)
-    add(results, "resume", first, lambda: resume.check(first))
+    for number in args.seeds:
+        seed = stages.Seed(root, number, args.scale)
+        todo = fast_stages(seed) if args.fast else full_stages(seed)
+        if number == args.seeds[0]:
+            todo["resume"] = lambda seed=seed: resume.check(seed)
+        for name, stage in todo.items():
+            if args.only is None or name in args.only:
+                results["seeds"][str(number)][name] = once(seed.folder / f"{name}.json", stage)
+                args.out.write_text(json.dumps(results, indent=1) + "\n")
     print(targets.table(results))
 
 
@@ -76,7 +75,7 @@ def full_stages(seed: stages.Seed) -> dict[str, Stage]:
     found["merge"] = lambda: merged(seed)
     found["objective"] = lambda: exactness.check(seed.model("long"), seed.root)
     for name in toy_world.SFT:
-        found[f"sft_{name}"] = lambda name=name: tuned(seed, f"sft_{name}")
+        found[name] = lambda name=name: tuned(seed, f"sft_{name}")
     parts = {"policy": "sft_base", "far": "sft_t2t", "before": "long"}
     found["variance"] = lambda: variance.check(
         {part: seed.model(name) for part, name in parts.items()}, seed.root
@@ -87,8 +86,8 @@ def full_stages(seed: stages.Seed) -> dict[str, Stage]:
 def fast_stages(seed: stages.Seed) -> dict[str, Stage]:
     """The objective, and the confidence-aware term."""
     return {
-        "fast_base": lambda: tuned(seed, "fast_base"),
-        "fast_cap": lambda: tuned(seed, "fast_cap"),
+        "base": lambda: tuned(seed, "fast_base"),
+        "cap": lambda: tuned(seed, "fast_cap"),
         "objective": lambda: exactness.check(seed.model("fast_base"), seed.root),
     }
 
@@ -135,10 +134,9 @@ def tuned(seed: stages.Seed, name: str) -> dict[str, Any]:
 
 def merged(seed: stages.Seed) -> dict[str, Any]:
     """The mean of stable checkpoints beside the last of them."""
-    last = seed.checkpoints()[-1]
+    folders = {"merged": seed.model("merged"), "last": seed.checkpoints()[-1]}
     return {
-        name: measure.bounds(folder, seed.root, ["full", "16"])
-        for name, folder in (("merged", seed.model("merged")), ("last", last))
+        name: measure.bounds(folder, seed.root, ["full", "16"]) for name, folder in folders.items()
     }
 
 
@@ -154,28 +152,13 @@ def once(target: pathlib.Path, stage: Stage) -> dict[str, Any]:
     return found
 
 
-def settings(seed: stages.Seed) -> dict[str, Any]:
-    """What the results depend on besides the code."""
-    chain = world.markov()
-    return {
-        "scale": seed.scale,
-        "batch_rows": toy_world.BATCH,
-        "row_tokens": toy_world.ROW,
-        "parameters": transformer.num_parameters(
-            architecture.model_config(seed.config("ar").model)
-        ),
-        "markov_entropy_rate": chain.entropy_rate,
-        "markov_nats_per_token": chain.nats_per_token,
-    }
-
-
-def _check_scale(path: pathlib.Path, scale: float) -> None:
+def _check_settings(path: pathlib.Path, settings: dict[str, Any]) -> None:
     """Remembers what a folder was made with, so that its results are never mixed with others."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"scale": scale}) + "\n")
-    elif (found := json.loads(path.read_text())["scale"]) != scale:
-        raise SystemExit(f"{path}: made with scale {found}; take another --workdir")
+        path.write_text(json.dumps(settings) + "\n")
+    elif (found := json.loads(path.read_text())) != settings:
+        raise SystemExit(f"{path}: made with {found}, asked for {settings}; take another --workdir")
 
 
 if __name__ == "__main__":

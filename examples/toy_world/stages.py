@@ -12,7 +12,7 @@ from configs import toy_world
 from examples.toy_world import measure, world
 from llada_convert import merge
 from llada_jax import checkpoint, sharding
-from llada_jax.model import transformer
+from llada_jax.model import moe, transformer
 from llada_jax.train import architecture, loop, options
 
 # The selection bias of the experts in a model whose router is skewed, from the first to the last.
@@ -76,7 +76,9 @@ class Seed:
         source = self.model("ar")
         with jax.set_mesh(sharding.make_mesh()):
             model = measure.load(source)
-            model.embed.kernel[...] = model.embed.kernel[...].at[world.MASK].set(0)
+            table = model.embed.kernel[...]
+            is_mask = jnp.arange(toy_world.VOCAB)[:, None] == world.MASK
+            model.embed.kernel[...] = jnp.where(is_mask, 0.0, table)
             checkpoint.save_model(model, target)
 
     def _skewed(self, target: pathlib.Path) -> None:
@@ -85,6 +87,7 @@ class Seed:
         with jax.set_mesh(sharding.make_mesh()):
             model = transformer.LLaDA2(cfg, sharding.TRAIN_RULES, rngs=nnx.Rngs(self.seed))
             assert model.moe_layers is not None
+            assert isinstance(model.moe_layers.mlp, moe.MoE)
             bias = model.moe_layers.mlp.router.expert_bias
             skew = jnp.linspace(*SKEW, cfg.num_experts)
             bias[...] = jnp.broadcast_to(skew, bias[...].shape)

@@ -19,12 +19,13 @@ from llada_jax.diffusion import noise, objective
 from llada_jax.model import transformer
 
 NUM_ROWS, NUM_REPEATS, BUDGET = 16, 20, 4
-NEAR_STEP = 1e-3  # of a parameter's standard deviation
-GOAL = objective.BlockDiffusion(
-    block_length=toy_world.BLOCK,
+# Of a parameter's standard deviation: about what one step moves at fine-tuning's rate.
+NEAR_STEP = 0.02
+# A document of fine-tuning is one block, so blocks and whole documents are the same here.
+GOAL = objective.MaskedDiffusion(
     noise=noise.NoiseConfig(
         mask_id=world.MASK, vocab_size=toy_world.VOCAB, low=0.05, is_stratified=False
-    ),
+    )
 )
 
 
@@ -46,41 +47,53 @@ def check(folders: dict[str, pathlib.Path], root: pathlib.Path) -> dict[str, dic
 
         models["near"] = jax.tree.map(moved, policy)
         batch = measure.put(measure.batches(root, "heldout_copy", rows=NUM_ROWS)[0])
-        return {name: variances(policy, model, batch) for name, model in models.items()}
+        own = draw(policy, batch, 0), draw(policy, batch, 0, has_one_level=True)
+        return {name: variances(*own, model, batch) for name, model in models.items()}
 
 
 def variances(
-    policy: transformer.LLaDA2, reference: transformer.LLaDA2, batch: objective.Batch
+    policy: np.ndarray,
+    policy_of_one_level: np.ndarray,
+    reference: transformer.LLaDA2,
+    batch: objective.Batch,
 ) -> dict[str, float]:
     """Mean over rows of the variance of dB, and how policy and reference go together."""
-    found: dict[str, list[np.ndarray]] = {}
-    pairs: list[np.ndarray] = []
-    for repeat in range(NUM_REPEATS):
-        # Draws of a level, and of masks at that level, for two models that do not share them.
-        draws = [[100 * repeat + 50 * side + i for i in range(BUDGET)] for side in (0, 1)]
-        bounds = {
-            (name, side): np.array([row_bounds(model, batch, d, d) for d in draws[side]])
-            for name, model in (("policy", policy), ("reference", reference))
-            for side in (0, 1)
-        }
-        same_level = [
-            np.array([row_bounds(model, batch, own[0], d) for d in own])
-            for model, own in ((policy, draws[0]), (reference, draws[1]))
+    shared = draw(reference, batch, 0)
+    apart = draw(reference, batch, 1)
+    apart_of_one_level = draw(reference, batch, 1, has_one_level=True)
+    differences = {
+        "independent": (policy - apart)[:, 0],
+        "shared": (policy - shared)[:, 0],
+        "independent_n_levels": (policy - apart).mean(axis=1),
+        "independent_n_masks": (policy_of_one_level - apart_of_one_level).mean(axis=1),
+        "shared_n_levels": (policy - shared).mean(axis=1),
+    }
+    centred = [(x - x.mean(axis=(0, 1))).ravel() for x in (policy, shared)]
+    return {
+        **{name: float(np.var(x, axis=0, ddof=1).mean()) for name, x in differences.items()},
+        "correlation": float(np.corrcoef(*centred)[0, 1]),
+    }
+
+
+def draw(
+    model: transformer.LLaDA2, batch: objective.Batch, stream: int, *, has_one_level: bool = False
+) -> np.ndarray:
+    """Bounds of every row, [repeats, budget, B]; a stream's draws are the same for all models.
+
+    Args:
+      model: whose bounds.
+      batch: rows.
+      stream: which of two streams of draws that have nothing in common.
+      has_one_level: whether all draws of a repeat are at its first level.
+    """
+    seeds = np.arange(NUM_REPEATS * BUDGET).reshape(NUM_REPEATS, BUDGET)
+    seeds += stream * seeds.size
+    return np.array(
+        [
+            [row_bounds(model, batch, row[0] if has_one_level else seed, seed) for seed in row]
+            for row in seeds
         ]
-        one, shared, other = bounds["policy", 0], bounds["reference", 0], bounds["reference", 1]
-        for name, difference in {
-            "independent": one[0] - other[0],
-            "shared": one[0] - shared[0],
-            "independent_n_levels": (one - other).mean(axis=0),
-            "independent_n_masks": (same_level[0] - same_level[1]).mean(axis=0),
-            "shared_n_levels": (one - shared).mean(axis=0),
-        }.items():
-            found.setdefault(name, []).append(difference)
-        pairs.append(np.stack([one[0], shared[0]]))
-    centred = np.stack(pairs, axis=1) - np.mean(pairs, axis=0)[:, None]
-    correlation = np.corrcoef(centred[0].ravel(), centred[1].ravel())[0, 1]
-    spread = {n: float(np.var(d, axis=0, ddof=1).mean()) for n, d in found.items()}
-    return spread | {"correlation": float(correlation)}
+    )
 
 
 @jax.jit
@@ -93,13 +106,5 @@ def row_bounds(
     starts = noise.block_starts(batch.segments, batch.positions, None)
     levels = noise.noise_levels(keys[0], is_target, starts, batch.example_ids, GOAL.noise)
     is_masked = noise.hidden(jax.random.uniform(keys[1], levels.shape), levels, is_target)
-    corruption = noise.Corruption(
-        level=levels,
-        is_masked=is_masked,
-        tokens=jnp.where(is_masked, jnp.int32(world.MASK), batch.tokens),
-        is_replaced=jnp.zeros_like(is_masked),
-        is_kept=jnp.zeros_like(is_masked),
-        row_keys=noise.row_keys(keys[1], batch.example_ids),
-    )
-    noised = GOAL.assemble(batch, corruption)
+    noised = GOAL.assemble(batch, exactness.corruption(batch, is_masked, levels))
     return -jnp.sum(noised.weights * exactness.token_nll(model, noised), axis=1)
