@@ -6,13 +6,15 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 
 from configs import toy_world
-from examples.toy_world import resume, stages, targets, world
+from examples.toy_world import measure, resume, stages, targets, world
 from examples.toy_world import run as run_lib
+from llada_jax.generate import request
 from llada_jax.train import architecture, goals, options
 from tests.train import kill_many
 
@@ -69,6 +71,46 @@ def test_wrong_digits_are_other_digits_of_the_answer():
 def test_no_number_to_reverse_is_in_training_and_held_out():
     assert not set(world.copies("train")) & set(world.copies("test"))
     assert set(world.copies("small")) < set(world.copies("train"))
+
+
+class Oracle:
+    """A sampler that knows the documents it was given, in which it writes what it is told to."""
+
+    config = types.SimpleNamespace(
+        block_size=toy_world.BLOCK, pad_token_id=world.EOS, mask_token_id=world.MASK
+    )
+
+    def __init__(self, documents, written=None):
+        self.documents, self.written = documents, written or documents
+        self.prompts = []
+
+    def stream(self, prompts, **options):
+        self.prompts = prompts
+        assert options["block_length"] == len(self.documents[0])
+        for index, document in enumerate(self.written):
+            for tokens in ((*prompts[index], world.MASK), document):
+                yield request.DenoisingEvent(index=index, block=0, step=0, token_ids=tokens)
+
+    def logits(self, tokens):
+        out = np.zeros((*tokens.shape, toy_world.VOCAB), np.float32)
+        for row, request_of_row in zip(out, tokens[:, 1:7], strict=True):
+            row[np.arange(7, 13), request_of_row[::-1]] = 20
+        return out
+
+
+def test_only_exact_contents_of_hidden_places_count():
+    documents = [fact.forward for fact in world.facts()[:4]]
+    wrong = [*documents[:3], documents[0]]
+    oracle = Oracle(documents, wrong)
+    assert measure.num_filled(oracle, documents, slice(3, 5)) == 3
+    hidden = [prompt.count(world.MASK) for prompt in oracle.prompts]
+    assert hidden == [2] * 4
+    assert all(tuple(p[:3]) == d[:3] for p, d in zip(oracle.prompts, documents, strict=True))
+
+
+def test_who_knows_the_answer_mends_every_digit():
+    found = measure.mended(Oracle([]), world.copies("test")[:40])
+    assert found == {"recovered": 1.0, "false_edits": 0.0}
 
 
 @pytest.mark.parametrize("name", [n for n in RUNS if n not in ("unmasked", "skewed")])
