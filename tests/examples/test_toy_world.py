@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,7 +102,7 @@ class Oracle:
 def test_only_exact_contents_of_hidden_places_count():
     documents = [fact.forward for fact in world.facts()[:4]]
     wrong = [*documents[:3], documents[0]]
-    oracle = Oracle(documents, wrong)
+    oracle: Any = Oracle(documents, wrong)
     assert measure.num_filled(oracle, documents, slice(3, 5)) == 3
     hidden = [prompt.count(world.MASK) for prompt in oracle.prompts]
     assert hidden == [2] * 4
@@ -109,7 +110,8 @@ def test_only_exact_contents_of_hidden_places_count():
 
 
 def test_who_knows_the_answer_mends_every_digit():
-    found = measure.mended(Oracle([]), world.copies("test")[:40])
+    oracle: Any = Oracle([])
+    found = measure.mended(oracle, world.copies("test")[:40])
     assert found == {"recovered": 1.0, "false_edits": 0.0}
 
 
