@@ -8,8 +8,8 @@ makes their data and runs them in order. One alone, of seed 0 and with a tenth o
 
 Hardware: 2 CPU cores, as two devices (`JAX_NUM_CPU_DEVICES=2`). Three seeds of everything take
 about an hour, by the times of single steps; what they should find is in the example's
-`expected.json`. A run starts from the model of
-another, see `PARENTS`, in the folder beside its own.
+`expected.json`. A run starts from the model of another, see `PARENTS`, in the folder beside its
+own.
 """
 
 import os

@@ -94,8 +94,8 @@ class Oracle:
 
     def logits(self, tokens):
         out = np.zeros((*tokens.shape, toy_world.VOCAB), np.float32)
-        for row, request_of_row in zip(out, tokens[:, 1:7], strict=True):
-            row[np.arange(7, 13), request_of_row[::-1]] = 20
+        rows = np.arange(len(tokens))[:, None]
+        out[rows, np.arange(7, 13), tokens[:, 6:0:-1]] = 20
         return out
 
 
