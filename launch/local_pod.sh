@@ -1,20 +1,37 @@
 #!/usr/bin/env bash
 # Runs one training job as several processes on this machine, as a pod's hosts would.
 #
-#   launch/local_pod.sh PROCESSES DEVICES_PER_PROCESS llada-train --config configs/tiny_cpu.py ...
+#   launch/local_pod.sh [--dry-run] PROCESSES DEVICES_PER_PROCESS llada-train --config ...
 #
+# --dry-run prints every process's command and starts none.
 # Every process simulates that many CPU devices, so the mesh has PROCESSES x DEVICES_PER_PROCESS.
 # The first process's output is shown; the others' goes to $LOCAL_POD_LOGS (default: a new folder
 # in $TMPDIR). If one fails, all are ended and the exit status is not 0: by SIGTERM, and by SIGKILL
 # $LOCAL_POD_GRACE_SECONDS (20) later, as a process that waits for one that is gone hears no SIGTERM.
 # SIGTERM is passed on.
 set -euo pipefail
+dry_run=''
+if [ "${1:-}" = --dry-run ]; then
+  dry_run=1
+  shift
+fi
 if [ $# -lt 3 ]; then
-  sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 processes=$1 devices=$2
 shift 2
+if [ -n "$dry_run" ]; then
+  for ((i = 0; i < processes; i++)); do
+    printf 'JAX_PLATFORMS=cpu XLA_FLAGS=%q LLADA_COORDINATOR=%q LLADA_NUM_PROCESSES=%q' \
+      "${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices" \
+      "localhost:${LOCAL_POD_PORT:-FREE_PORT}" "$processes"
+    printf ' LLADA_PROCESS_ID=%q' "$i"
+    printf ' %q' "$@"
+    printf ' >%q 2>&1 &\n' "${LOCAL_POD_LOGS:-NEW_FOLDER}/process_$i.log"
+  done
+  exit 0
+fi
 logs=${LOCAL_POD_LOGS:-$(mktemp -d -t local_pod.XXXXXX)}
 mkdir -p "$logs"
 port=${LOCAL_POD_PORT:-$(python3 -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}

@@ -1,5 +1,6 @@
 """What holds for every script, and that the README's commands are accepted."""
 
+import os
 import pathlib
 import re
 import shlex
@@ -61,3 +62,33 @@ def test_commands_of_the_readme_are_accepted(shell):
         printed = shell.dry_run(name, *words[1:first], "--dry-run", *words[first:], **variables)
         assert printed, command
     assert scripts == {"tpu_vm.sh", "xpk.sh", "jobset.sh"}
+
+
+def test_local_pod_prints_what_it_would_start(tmp_path):
+    """What the printed lines give is what the processes of a real run see."""
+    names = ["XLA_FLAGS", "LLADA_COORDINATOR", "LLADA_NUM_PROCESSES", "LLADA_PROCESS_ID"]
+    script = "; ".join(f'echo "${name}"' for name in names) + '; echo "$0"'
+    command = ["2", "4", "bash", "-c", script, "two words"]
+
+    def run(logs: str, *flags: str) -> subprocess.CompletedProcess[str]:
+        variables = {"LOCAL_POD_PORT": "1234", "LOCAL_POD_LOGS": str(tmp_path / logs)}
+        return subprocess.run(
+            [str(LAUNCH / "local_pod.sh"), *flags, *command],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"PATH": os.environ["PATH"], **variables},
+        )
+
+    printed = run("printed", "--dry-run").stdout
+    assert not (tmp_path / "printed").exists()
+    (tmp_path / "printed").mkdir()
+    subprocess.run(["bash", "-c", f"{printed}\nwait"], check=True)
+    run("started")
+    for process in range(2):
+        seen = [
+            (tmp_path / logs / f"process_{process}.log").read_text().splitlines()
+            for logs in ("printed", "started")
+        ]
+        assert seen[0] == seen[1]
+        assert seen[0][1:] == ["localhost:1234", "2", str(process), "two words"]
