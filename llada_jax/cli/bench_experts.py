@@ -82,7 +82,7 @@ def _of_this_backend() -> tuple[str, ...]:
 def _layer(implementation: str) -> Callable[..., jax.Array]:
     @jax.jit
     def layer(x, indices, weights, gate_proj, up_proj, down_proj):
-        return expert_parallel.expert_mlp(
+        out, _ = expert_parallel.expert_mlp(
             x,
             indices,
             weights,
@@ -93,6 +93,7 @@ def _layer(implementation: str) -> Callable[..., jax.Array]:
             rules=sharding.SERVE_RULES,
             dispatch=expert_parallel.Dispatch(implementation=implementation),
         )
+        return out
 
     return layer
 

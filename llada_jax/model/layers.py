@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from llada_jax import config, sharding
-from llada_jax.ops import norm_rope
+from llada_jax.ops import norm_rope, shared_weights
 
 
 class ExpertBias(nnx.Variable):
@@ -94,22 +94,12 @@ class Linear(nnx.Module):
             bias_axes = (*leading, *axes[num_in:])
             bias = nnx.Param(constant(0.0, (*stack, *shape[num_in:]), bias_axes, cfg.dtype, rules))
         self.bias = bias
-        self.num_in = num_in
-        self.compute_spec = rules.spec(*(None if a == "embed" else a for a in axes))
-        self.out_spec = rules.spec(
-            "batch", None, *(None if a == "embed" else a for a in axes[num_in:])
-        )
+        self.num_in, self.axes, self.rules = num_in, tuple(axes), rules
 
     def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
         """Contracts the last `num_in` dimensions of x."""
-        # A kernel shared over `embed` ranks is gathered here; elsewhere this is the identity.
-        kernel = jax.reshard(self.kernel[...], self.compute_spec)
-        contracted = tuple(range(x.ndim - self.num_in, x.ndim))
-        out = jax.lax.dot_general(
-            x,
-            kernel,
-            ((contracted, tuple(range(self.num_in))), ((), ())),
-            out_sharding=self.out_spec,
+        out = shared_weights.product(
+            x, self.kernel[...], self.axes, num_in=self.num_in, rules=self.rules
         )
         return out if self.bias is None else out + self.bias[...].astype(out.dtype)
 
@@ -121,17 +111,15 @@ class Embed(nnx.Module):
         self.kernel = normal(
             rngs, (cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"), cfg, rules
         )
-        self.compute_spec = rules.spec("vocab", None)
-        self.activation_spec = rules.spec("batch", None, None)
-        self.logits_spec = rules.spec("batch", None, "vocab")
+        self.rules = rules
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Rows of the table."""
-        table = jax.reshard(self.kernel[...], self.compute_spec)
-        return table.at[tokens].get(out_sharding=self.activation_spec)
+        return shared_weights.rows(self.kernel[...], tokens, rules=self.rules)
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Scores of every vocabulary entry: computed in the dtype of `x`, returned as float32."""
-        table = jax.reshard(self.kernel[...], self.compute_spec)
-        out = jnp.einsum("btd,vd->btv", x, table, out_sharding=self.logits_spec)
+        table = shared_weights.whole(self.kernel[...], ("vocab", "embed"), self.rules)
+        logits_spec = self.rules.spec("batch", None, "vocab")
+        out = jnp.einsum("btd,vd->btv", x, table, out_sharding=logits_spec)
         return out.astype(jnp.float32)

@@ -1,5 +1,7 @@
 """Mixture-of-experts layer: sigmoid router with group-limited choice, routed and shared experts."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
@@ -8,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from llada_jax import config, sharding
 from llada_jax.model import formulation as formulations
 from llada_jax.model import layers
-from llada_jax.ops import activations, expert_parallel
+from llada_jax.ops import activations, expert_parallel, shared_weights
 
 
 @struct.dataclass
@@ -19,11 +21,14 @@ class Routing:
       logits: [B, T, E] float32, before the sigmoid.
       indices: [B, T, X], by descending biased score.
       weights: [B, T, X] float32.
+      num_computed: [N], choices that experts then computed, see `expert_parallel.expert_mlp`; None
+        as long as none has.
     """
 
     logits: Float[Array, "B T E"]
     indices: Int[Array, "B T X"]
     weights: Float[Array, "B T X"]
+    num_computed: Int[Array, "N"] | None = None
 
 
 class Router(nnx.Module):
@@ -48,13 +53,12 @@ class Router(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Routing:
         """Routes in float32 whatever the dtype of `x`."""
-        kernel = jax.reshard(self.kernel[...].astype(jnp.float32), self.rules.spec(None, None))
-        logits = jnp.einsum(
-            "btd,de->bte",
+        logits = shared_weights.product(
             x.astype(jnp.float32),
-            kernel,
+            self.kernel[...].astype(jnp.float32),
+            ("embed", None),
+            rules=self.rules,
             precision=jax.lax.Precision.HIGHEST,
-            out_sharding=self.rules.spec("batch", None, None),
         )
         indices, weights = select_experts(
             jax.nn.sigmoid(logits),
@@ -184,7 +188,7 @@ class MoE(nnx.Module):
         with jax.named_scope("router"):
             routing = self.router(x)
         with jax.named_scope("experts"):
-            out = expert_parallel.expert_mlp(
+            out, num_computed = expert_parallel.expert_mlp(
                 x,
                 routing.indices,
                 routing.weights,
@@ -198,4 +202,4 @@ class MoE(nnx.Module):
         if self.shared_experts is not None:
             with jax.named_scope("shared_experts"):
                 out = out + self.shared_experts(x)
-        return out, routing
+        return out, dataclasses.replace(routing, num_computed=num_computed)

@@ -14,6 +14,10 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from llada_jax import sharding
+from llada_jax.ops import shared_weights
+
+# Of the head's kernel.
+_AXES = ("vocab", "embed")
 
 
 @struct.dataclass
@@ -56,9 +60,10 @@ def token_statistics(
     """
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; it must be at least 1")
-    head_kernel = jax.reshard(head_kernel, rules.spec("vocab", None)).astype(hidden.dtype)
     chunk = min(chunk_tokens, hidden.shape[1])
-    return _statistics(hidden, head_kernel, targets, chunk, with_entropy, rules)
+    return _statistics(
+        hidden, head_kernel.astype(hidden.dtype), targets, chunk, with_entropy, rules
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -106,7 +111,7 @@ def _forward(hidden, kernel, targets, chunk, with_entropy, rules):
         out = jax.lax.fori_loop(0, shape[1] // chunk, body, out)
         return tuple(a[:, : targets.shape[1]] for a in out)
 
-    nll, is_correct, entropy, log_total = local(hidden, kernel, targets)
+    nll, is_correct, entropy, log_total = local(hidden, _whole(kernel, rules), targets)
     out = TokenStatistics(nll=nll, is_correct=is_correct, entropy=entropy)
     return out, (hidden, kernel, targets, entropy, log_total)
 
@@ -123,7 +128,7 @@ def _backward(chunk, with_entropy, rules, residuals, d_out):
     @functools.partial(
         jax.shard_map,
         in_specs=(row_vectors, kernel_spec, *(rows,) * 5),
-        out_specs=(row_vectors, kernel_spec),
+        out_specs=(row_vectors, shared_weights.gradient_spec(_AXES, rules)),
         check_vma=False,
     )
     def local(hidden, kernel, targets, entropy, log_total, d_nll, d_entropy):
@@ -156,17 +161,21 @@ def _backward(chunk, with_entropy, rules, residuals, d_out):
 
         zeros = jnp.zeros_like(arrays[0]), jnp.zeros(kernel.shape, jnp.float32)
         d_hidden, d_kernel = jax.lax.fori_loop(0, arrays[1].shape[1] // chunk, body, zeros)
-        d_kernel = _reduce(jax.lax.psum, d_kernel, sharding.axis_names(rules.batch))
+        d_kernel = shared_weights.scattered_sum(d_kernel, _AXES, rules)
         return d_hidden[:, :length], d_kernel.astype(kernel.dtype)
 
     hidden, kernel, targets, entropy, log_total = residuals
-    return (
-        *local(hidden, kernel, targets, entropy, log_total, d_out.nll, d_out.entropy),
-        None,
+    d_hidden, d_kernel = local(
+        hidden, _whole(kernel, rules), targets, entropy, log_total, d_out.nll, d_out.entropy
     )
+    return d_hidden, jax.reshard(d_kernel, rules.spec(*_AXES)), None
 
 
 _statistics.defvjp(_forward, _backward)
+
+
+def _whole(kernel: Float[Array, "V D"], rules: sharding.AxisRules) -> Float[Array, "V D"]:
+    return shared_weights.whole(kernel, _AXES, rules)
 
 
 def _logits(hidden: Float[Array, "B Q D"], kernel: Float[Array, "V D"]) -> Float[Array, "B Q V"]:

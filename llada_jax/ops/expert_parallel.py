@@ -1,8 +1,8 @@
 """Sends tokens to their experts and sums what comes back, over a mesh, in one of several ways.
 
 Dropless: every token reaches each of its experts, whatever the load. Buffers have fixed sizes, and
-what does not fit takes further rounds or windows, whose number comes from the data. So there is
-nothing to count; tests send all tokens to one expert, forward and backward.
+what does not fit takes further rounds or windows, whose number comes from the data. That this is so
+is counted where the rows are multiplied, and compared with the choices made.
 
     replicated     every device of the `expert` axis sees the same tokens, computes its experts'
                    share, and the shares are summed: for the small batches of decoding
@@ -83,7 +83,7 @@ def expert_mlp(
     layer: Int[Array, ""] | None,
     rules: sharding.AxisRules,
     dispatch: Dispatch,
-) -> Float[Array, "B T D"]:
+) -> tuple[Float[Array, "B T D"], Int[Array, "N"]]:
     """Weighted sum over each token's experts of down(silu(gate(x)) * up(x)).
 
     Matrix products are in the dtype of `x`; the weighted sum is float32, cast back once where it
@@ -100,6 +100,12 @@ def expert_mlp(
       rules: how the arrays are split over the mesh.
       dispatch: how tokens reach their experts.
 
+    Returns:
+      out: the sums.
+      num_computed: choices that were multiplied with their expert's matrices, on each of the N
+        devices along the axes of the batch and of the experts. The sum is B * T * X, or tokens were
+        dropped. Nothing travels for it.
+
     Raises:
       ValueError: "replicated", where the rules split the batch over several ranks of experts.
     """
@@ -111,7 +117,10 @@ def expert_mlp(
     gate_proj, up_proj = jax.reshard((gate_proj, up_proj), in_spec)
     down_proj = jax.reshard(down_proj, out_spec)
     expert_axes = sharding.axis_names(rules.expert)
-    is_split = bool(set(expert_axes) & set(sharding.axis_names(rules.batch)))
+    batch_axes = sharding.axis_names(rules.batch)
+    is_split = bool(set(expert_axes) & set(batch_axes))
+    # Along the other axes devices compute the same choices.
+    count_spec = P((*batch_axes, *(name for name in expert_axes if name not in batch_axes)))
     if is_split and dispatch.algorithm == "replicated" and sharding.axis_size(rules.expert) > 1:
         raise ValueError(
             "dispatch 'replicated' needs every device of the expert axis to see the same tokens, "
@@ -121,7 +130,7 @@ def expert_mlp(
     @functools.partial(
         jax.shard_map,
         in_specs=(batch_spec, batch_spec, batch_spec, in_spec, in_spec, out_spec, P()),
-        out_specs=batch_spec,
+        out_specs=(batch_spec, count_spec),
         check_vma=False,
     )
     def local(x, indices, weights, gate_proj, up_proj, down_proj, layer):
@@ -130,19 +139,25 @@ def expert_mlp(
         shares = _experts_of(dispatch, rules, experts, layer * experts)
         matrices = tuple(w.reshape(-1, *w.shape[-2:]) for w in (gate_proj, up_proj, down_proj))
         if dispatch.algorithm == "replicated":
-            out = shares(*tokens, *matrices)
+            out, num_computed = shares(*tokens, *matrices)
             axes = expert_axes + sharding.axis_names(rules.mlp)
             out = jax.lax.psum(out, axes) if axes else out
-            return out.astype(x.dtype).reshape(x.shape)
+            return out.astype(x.dtype).reshape(x.shape), num_computed[None]
+        num_filled = 0
         if not is_split:
             # Each device takes its part of the tokens that all of them hold.
+            num_tokens = tokens[0].shape[0]
             tokens = tuple(_own_part(a, expert_axes) for a in tokens)
-        out = shares(*tokens, *matrices)
+            part = tokens[0].shape[0]
+            end = (sharding.axis_index(expert_axes) + 1) * part
+            num_filled = jnp.clip(end - num_tokens, 0, part) * indices.shape[-1]
+        out, num_computed = shares(*tokens, *matrices)
+        num_computed -= num_filled
         axes = sharding.axis_names(rules.mlp)
         out = (jax.lax.psum(out, axes) if axes else out).astype(x.dtype)
         if not is_split and expert_axes:
             out = jax.lax.all_gather(out, expert_axes, tiled=True)
-        return out[: x.shape[0] * x.shape[1]].reshape(x.shape)
+        return out[: x.shape[0] * x.shape[1]].reshape(x.shape), num_computed[None]
 
     offset = jnp.int32(0) if layer is None else layer
     return local(x, expert_indices, expert_weights, gate_proj, up_proj, down_proj, offset)
@@ -150,8 +165,11 @@ def expert_mlp(
 
 def _experts_of(
     dispatch: Dispatch, rules: sharding.AxisRules, num_experts: int, group_offset: Array
-) -> Callable[..., Array]:
-    """From tokens and matrices to sums: over own experts where tokens are replicated, else all."""
+) -> Callable[..., tuple[Array, Array]]:
+    """From tokens and matrices to sums: over own experts where tokens are replicated, else all.
+
+    And to how many choices were computed on this device.
+    """
     axes = sharding.axis_names(rules.expert)
     num_ranks = sharding.axis_size(rules.expert)
     common = {
@@ -174,8 +192,8 @@ def _experts_of(
         tokens = (
             jax.lax.all_gather(a, axes, tiled=True) if axes else a for a in (x, indices, weights)
         )
-        out = of_own_experts(*tokens, *matrices)
-        return jax.lax.psum_scatter(out, axes, tiled=True) if axes else out
+        out, num_computed = of_own_experts(*tokens, *matrices)
+        return (jax.lax.psum_scatter(out, axes, tiled=True) if axes else out), num_computed
 
     if dispatch.algorithm == "replicated":
         return of_own_experts

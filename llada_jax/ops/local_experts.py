@@ -24,7 +24,7 @@ def local_experts(
     implementation: str,
     max_rows: int | None = None,
     rows_at_once: int | None = None,
-) -> Float[Array, "T D"]:
+) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
     """The weighted sum of what these experts make of the tokens, in float32.
 
     Args:
@@ -40,6 +40,11 @@ def local_experts(
       max_rows: choices that fall to these experts at most; by default all.
       rows_at_once: choices whose products are in memory at a time. More are computed in turn, so
         an uneven load costs time and drops nothing.
+
+    Returns:
+      out: the sums.
+      num_computed: choices that were multiplied with their expert's matrices, counted from the rows
+        of the products.
     """
     alignment = grouped_matmul.row_alignment(implementation, indices.size, num_experts)
     padding = num_experts * (alignment - 1)
@@ -59,6 +64,7 @@ def local_experts(
     inputs = (
         x,
         jnp.where(is_local, weights, 0.0),
+        groups,
         positions.reshape(indices.shape),
         sizes,
         jnp.int32(group_offset),
@@ -76,6 +82,7 @@ def _rows_in_window(
     k: Int[Array, ""],
     x: Float[Array, "T D"],
     weights: Float[Array, "T X"],
+    groups: Int[Array, "T X"],
     positions: Int[Array, "T X"],
     sizes: Int[Array, "G"],
     group_offset: Int[Array, ""],
@@ -83,7 +90,7 @@ def _rows_in_window(
     implementation: str,
     alignment: int,
     window: int,
-) -> Float[Array, "T D"]:
+) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
     """The share of the choices at positions k * window and on, up to the next window."""
     first = k * window
     is_here = (positions >= first) & (positions < first + window)
@@ -99,7 +106,21 @@ def _rows_in_window(
         row_alignment=alignment,
         implementation=implementation,
     )
-    return placement.tokens_of_rows(out, weights, rows)
+    return placement.tokens_of_rows(out, weights, rows), _rows_computed(rows, groups, bounds)
+
+
+def _rows_computed(
+    rows: placement.Placement, groups: Int[Array, "T X"], bounds: Int[Array, "2 G"]
+) -> Int[Array, ""]:
+    """Rows that hold a choice and lie between the bounds of its expert's rows.
+
+    This looks at the rows as they stand before the products, not at what the choices were meant to
+    get: two choices placed on one row, or one placed outside of its expert's rows, are missed here.
+    """
+    row = jnp.arange(rows.choices.shape[0])
+    expert_of_row = jnp.sum(row[:, None] >= bounds[1], axis=1)
+    expert_of_choice = placement.take(groups.reshape(-1) + 1, rows.choices) - 1
+    return jnp.sum(expert_of_choice == expert_of_row, dtype=jnp.int32)
 
 
 def sorted_positions(

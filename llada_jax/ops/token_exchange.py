@@ -116,7 +116,7 @@ def exchanged_experts(
     num_experts: int,
     group_offset: Int[Array, ""],
     implementation: str,
-) -> Float[Array, "T D"]:
+) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
     """The weighted sum of what all devices' experts make of this device's tokens, in float32.
 
     Within `jax.shard_map`. What travels back is in the dtype of `x`.
@@ -132,6 +132,10 @@ def exchanged_experts(
       num_experts: experts of one layer on this device.
       group_offset: index in the stacks of this layer's first expert.
       implementation: see `grouped_matmul`.
+
+    Returns:
+      out: the sums.
+      num_computed: choices of whatever device that were computed here, see `local_experts`.
     """
     num_rows, num_choices = route.rows_per_round(*indices.shape)
     ranks = indices // num_experts
@@ -197,8 +201,8 @@ def _round(
     max_choices: int,
     num_experts: int,
     implementation: str,
-) -> Float[Array, "T D"]:
-    """What the rows of round k bring back."""
+) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
+    """What the rows of round k bring back, and how many choices this device computed in it."""
     is_now = rounds == k
     one_hot = destinations.reshape(-1, 1) == jnp.arange(route.num_ranks)
     one_hot = (one_hot & is_now.reshape(-1, 1)).astype(jnp.int32)
@@ -224,7 +228,7 @@ def _round(
     there_ids = exchange.out(placement.take(ids, sent.choices)) - 1
     there_ids = jnp.where(there_ids < 0, num_experts, there_ids)
     there_weights = exchange.out(placement.rows_of_tokens(shares.reshape(-1, width), by_row))
-    there = local_experts.local_experts(
+    there, num_computed = local_experts.local_experts(
         exchange.out(placement.rows_of_tokens(x, sent)),
         there_ids,
         there_weights,
@@ -235,7 +239,8 @@ def _round(
         max_rows=max_choices,
     )
     back = exchange.back(there.astype(x.dtype))
-    return placement.tokens_of_rows(back, jnp.ones(places.shape, jnp.float32), sent)
+    out = placement.tokens_of_rows(back, jnp.ones(places.shape, jnp.float32), sent)
+    return out, num_computed
 
 
 @dataclasses.dataclass(frozen=True)

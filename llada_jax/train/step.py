@@ -6,6 +6,7 @@ same whatever the data parallelism and the accumulation.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -72,11 +73,13 @@ class Terms:
       sums: sums and counts of the objective.
       z: sum over layers and tokens of the squared log-sum-exp of the router's logits.
       load: [L, E] tokens sent to each expert.
+      num_dropped: choices of experts that were not computed, of all layers.
     """
 
     sums: objective.LossSums
     z: Float[Array, ""]
     load: Int[Array, "L E"]
+    num_dropped: Int[Array, ""]
 
 
 def build_model(graph: Any, params: Any, rest: Any, dtype: str) -> transformer.LLaDA2:
@@ -118,9 +121,10 @@ def part_terms(
         )
         sums = objective.loss_sums(stats, part)
     is_real = part.tags.segment != 0
-    z, load = jnp.float32(0), jnp.zeros((0, 0), jnp.int32)
+    z, load, num_dropped = jnp.float32(0), jnp.zeros((0, 0), jnp.int32), jnp.int32(0)
     routing = intermediates[-1].routing
     if routing is not None:
+        assert routing.num_computed is not None
         with jax.named_scope("balance"):
             squares = jnp.square(jax.nn.logsumexp(routing.logits, axis=-1))
             z = jnp.sum(squares * is_real) / squares.shape[0]
@@ -128,7 +132,10 @@ def part_terms(
             experts = jnp.arange(routing.logits.shape[-1])
             is_sent = (routing.indices[..., None] == experts) & is_real[None, :, :, None, None]
             load = jnp.sum(is_sent, axis=(1, 2, 3), dtype=jnp.int32)
-    return Terms(sums=sums, z=z, load=load)
+            # Layer by layer: the sum of all choices may not fit into 32 bits.
+            missing = math.prod(routing.indices.shape[1:]) - jnp.sum(routing.num_computed, axis=-1)
+            num_dropped = jnp.sum(missing)
+    return Terms(sums=sums, z=z, load=load, num_dropped=num_dropped)
 
 
 def split_rows(noised: objective.Noised, parts: int) -> objective.Noised:
@@ -216,11 +223,11 @@ def balanced_bias(rest: Any, load: Int[Array, "L E"], rate: float) -> Any:
     return jax.tree.map(lambda bias: bias + change.astype(bias.dtype), rest)
 
 
-def load_metrics(load: Int[Array, "L E"]) -> dict[str, Array]:
-    """How evenly the experts are used, the worst layer of each.
+def load_metrics(load: Int[Array, "L E"], num_dropped: Int[Array, ""]) -> dict[str, Array]:
+    """How evenly the experts are used, the worst layer of each, and what they left out.
 
-    These are choices of the router. None of them is dropped on the way: `ops.expert_parallel` takes
-    as many rounds as a load asks for.
+    Loads are choices of the router. `router/dropped` is counted where the experts' rows are
+    multiplied, and is zero: `ops.expert_parallel` takes as many rounds as a load asks for.
     """
     share = load.astype(jnp.float32)
     mean = jnp.maximum(share.mean(axis=-1), 1e-9)
@@ -229,6 +236,7 @@ def load_metrics(load: Int[Array, "L E"]) -> dict[str, Array]:
         "router/min_over_mean_load": jnp.min(share.min(axis=-1) / mean),
         "router/largest_share": jnp.max(share.max(axis=-1) / jnp.maximum(share.sum(axis=-1), 1.0)),
         "router/dead_experts": jnp.sum(load == 0),
+        "router/dropped": num_dropped,
         "router/load": load,
     }
 
@@ -319,7 +327,7 @@ def train_step(
         "train/update_norm": optax.tree.norm(updates),
     }
     if terms.load.size:
-        metrics |= load_metrics(terms.load)
+        metrics |= load_metrics(terms.load, terms.num_dropped)
     new = state_lib.TrainState(
         step=state.step + 1,
         params=params,

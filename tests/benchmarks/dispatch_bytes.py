@@ -59,7 +59,7 @@ def compile_layer(
         ),
     )
     with jax.set_mesh(mesh):
-        lowered = jax.jit(layer).lower(
+        lowered = jax.jit(lambda *arrays: layer(*arrays)[0]).lower(
             array((rows, tokens, embed), jnp.bfloat16, "batch", None, None),
             by_row(jnp.int32, "batch", None, None),
             by_row(jnp.float32, "batch", None, None),

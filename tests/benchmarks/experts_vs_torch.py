@@ -47,7 +47,7 @@ def main() -> None:
 
     @jax.jit
     def ours(x, indices, weights, gate, up, down):
-        return expert_parallel.expert_mlp(
+        out, _ = expert_parallel.expert_mlp(
             x,
             indices,
             weights,
@@ -58,6 +58,7 @@ def main() -> None:
             rules=sharding.SERVE_RULES,
             dispatch=expert_parallel.Dispatch(implementation="blocks"),
         )
+        return out
 
     results = {}
     with jax.set_mesh(sharding.make_mesh()), torch.inference_mode():

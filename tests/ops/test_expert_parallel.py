@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llada_jax import config, sharding
-from llada_jax.ops import expert_parallel, token_exchange
+from llada_jax.ops import expert_parallel, local_experts, partial_sums, token_exchange
 
 MESHES = {
     "1181": config.MeshConfig(expert=8),
@@ -38,6 +38,12 @@ AXES = {
     "up": ("expert", "embed", "mlp"),
     "down": ("expert", "mlp", "embed"),
 }
+
+
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch):
+    """Of a size that so few tokens do not fit into one."""
+    monkeypatch.setattr(expert_parallel, "_TILE_ROWS", 8)
 
 
 # Choices of a token, by how they fall: most to two groups; all tokens' to one expert; all tokens'
@@ -88,6 +94,7 @@ def wanted(load="skewed"):
 
 
 def loss_and_gradients(mesh, rules, dispatch, load="skewed"):
+    """((loss, (output, choices computed on each device)), gradients)."""
     arrays, indices, cotangent = inputs(load)
     mesh = sharding.make_mesh(MESHES[mesh])
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
@@ -96,7 +103,7 @@ def loss_and_gradients(mesh, rules, dispatch, load="skewed"):
             return jax.device_put(array, jax.NamedSharding(mesh, rules.spec(*axes)))
 
         def loss(arrays, indices, cotangent):
-            out = expert_parallel.expert_mlp(
+            out, num_computed = expert_parallel.expert_mlp(
                 arrays["x"],
                 indices,
                 *(arrays[name] for name in ("weights", "gate", "up", "down")),
@@ -104,9 +111,9 @@ def loss_and_gradients(mesh, rules, dispatch, load="skewed"):
                 rules=rules,
                 dispatch=dispatch,
             )
-            return jnp.sum(cotangent * out)
+            return jnp.sum(cotangent * out), (out, num_computed)
 
-        return jax.jit(jax.value_and_grad(loss))(
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(
             {name: put(array, *AXES[name]) for name, array in arrays.items()},
             put(indices, *AXES["x"]),
             put(cotangent, *AXES["x"]),
@@ -127,12 +134,14 @@ CASES = [
 )
 def test_outputs_and_gradients_equal_a_loop_over_experts(algorithm, mesh, rules):
     dispatch = dataclasses.replace(TIGHT, algorithm=algorithm)
-    check(loss_and_gradients(mesh, rules, dispatch), wanted(), rules)
+    check(loss_and_gradients(mesh, rules, dispatch), wanted(), rules, CHOICES)
     assert not np.asarray(wanted()[1]["gate"])[15].any()
 
 
-def check(found, wanted, rules):
-    np.testing.assert_allclose(found[0], wanted[0], atol=1e-3, rtol=1e-5)
+def check(found, wanted, rules, num_choices):
+    loss, (_, num_computed) = found[0]
+    np.testing.assert_allclose(loss, wanted[0], atol=1e-3, rtol=1e-5)
+    assert num_computed.sum() == BATCH * LENGTH * num_choices
     for name, gradient in found[1].items():
         np.testing.assert_allclose(gradient, wanted[1][name], atol=2e-4, rtol=1e-4, err_msg=name)
         assert gradient.sharding.spec == rules.spec(*AXES[name])
@@ -144,7 +153,35 @@ def test_nothing_is_lost_where_all_tokens_go_to_the_same_experts(algorithm, load
     rules = ALIKE if algorithm == "replicated" else SPLIT
     # Rows of "ragged_dot" are not aligned, so that buffers have no room to spare.
     dispatch = dataclasses.replace(TIGHT, algorithm=algorithm, implementation="ragged_dot")
-    check(loss_and_gradients("1181", rules, dispatch, load), wanted(load), rules)
+    check(loss_and_gradients("1181", rules, dispatch, load), wanted(load), rules, LOADS[load])
+
+
+@pytest.mark.parametrize("algorithm", expert_parallel.ALGORITHMS[:4])
+def test_choices_that_are_not_computed_are_missing_in_the_count(monkeypatch, algorithm):
+    """With only the first round and window computed, whoever is left out gets zeros."""
+    monkeypatch.setattr(partial_sums, "sum_of_parts", lambda part, _, *rest: part(0, *rest))
+    rules = ALIKE if algorithm == "replicated" else SPLIT
+    dispatch = dataclasses.replace(TIGHT, algorithm=algorithm, implementation="ragged_dot")
+    (_, (out, num_computed)), _ = loss_and_gradients("1181", rules, dispatch, "one_expert")
+    num_left_out = int((np.asarray(out) == 0).all(axis=-1).sum())
+    assert num_left_out > 0
+    assert num_computed.sum() == BATCH * LENGTH - num_left_out
+
+
+def test_rows_outside_of_their_experts_rows_are_missing_in_the_count(monkeypatch):
+    """Two experts' rows are exchanged: all are computed, with the other's matrices."""
+    sorted_positions = local_experts.sorted_positions
+
+    def exchanged(groups, num_groups, alignment):
+        other = jnp.where(groups == 0, 1, jnp.where(groups == 1, 0, groups))
+        positions, sizes = sorted_positions(other, num_groups, alignment)
+        return positions, sizes
+
+    monkeypatch.setattr(local_experts, "sorted_positions", exchanged)
+    dispatch = dataclasses.replace(TIGHT, min_rows=10_000)
+    (_, (_, num_computed)), _ = loss_and_gradients("1421", ALIKE, dispatch)
+    wrong = np.isin(inputs()[1], (0, 1, EXPERTS // 2, EXPERTS // 2 + 1)).sum()
+    assert num_computed.sum() == BATCH * LENGTH * CHOICES - wrong
 
 
 @pytest.mark.parametrize("per_choice", [True, False])

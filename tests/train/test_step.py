@@ -38,6 +38,7 @@ def test_accumulation_changes_nothing(alone, accumulation):
         for name in ("train/loss", "train/grad_norm", "train/masked_nll", "train/accuracy"):
             np.testing.assert_allclose(got[name], wanted[name], rtol=2e-5, err_msg=name)
         np.testing.assert_array_equal(got["router/load"], wanted["router/load"])
+        assert got["router/dropped"] == 0
     # AdamW's first updates are signs of gradients: rounding shows where a gradient is nearly 0.
     assert_close(stepper.state, alone[0], atol=2e-4)
 
@@ -52,6 +53,7 @@ def test_every_mesh_takes_the_same_step(alone, shape):
         for name in ("train/loss", "train/grad_norm", "train/masked_nll", "train/accuracy"):
             np.testing.assert_allclose(got[name], wanted[name], rtol=2e-5, err_msg=name)
         np.testing.assert_array_equal(got["router/load"], wanted["router/load"])
+        assert got["router/dropped"] == 0
     assert_close(stepper.state, alone[0], atol=2e-4)
 
 
@@ -61,6 +63,10 @@ def test_load_counts_every_choice_of_real_tokens_once(alone):
     choices = real * runs.MODEL.num_experts_per_tok
     assert load.sum(axis=-1).tolist() == [choices] * runs.MODEL.num_moe_layers
     assert alone[1][0]["router/largest_share"] == pytest.approx(load.max() / choices)
+
+
+def test_dropped_choices_are_in_the_metrics_and_none_is(alone):
+    assert [metrics["router/dropped"] for metrics in alone[1]] == [0] * len(alone[1])
 
 
 def test_bias_moves_by_the_zero_mean_sign_rule():
