@@ -26,7 +26,7 @@ BLOCK, ROW = 32, 128
 PEAK = 2e-3
 # Steps of each phase.
 START = {"autoregressive": 3000, "blocks_4": 200, "masked": 1500, "blocks_32": 2000}
-TUNE = 1800
+TUNE = 1200
 
 
 def get_config(choice: str = "start") -> ConfigDict:

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from examples.tiny_model import make_data, results, tasks
-from llada_jax.data import chat
-from llada_jax.data import tokenizer as tokenizers
 from llada_jax.generate import generator as generator_lib
 from llada_jax.generate import request
 
@@ -81,18 +79,7 @@ def ask(
     generator: generator_lib.Generator, items: Sequence[dict[str, Any]], **options: Any
 ) -> list[request.Completion]:
     """Answers to the items' prompts as chats; options are those of sampling."""
-    tokenizer = generator.tokenizer
-    assert tokenizer is not None
-    ends = tokenizers.resolve_special_ids(tokenizer).eos
-    prompts = [encode(tokenizer, item["prompt"]) for item in items]
-    return generator.generate(prompts, gen_length=GEN_LENGTH, eos_ids=ends, **options)
-
-
-def encode(tokenizer: tokenizers.Tokenizer, prompt: str) -> list[int]:
-    """A request as the model sees it, up to where the answer begins."""
-    assert tokenizer.chat_template is not None
-    template = chat.ChatTemplate(tokenizer.chat_template, tokenizer.named_tokens)
-    return chat.encode_chat(tokenizer, template, [{"role": "user", "content": prompt}])
+    return generator.chat([item["prompt"] for item in items], gen_length=GEN_LENGTH, **options)
 
 
 def is_right(item: dict[str, Any], answer: request.Completion) -> bool:

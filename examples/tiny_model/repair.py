@@ -77,7 +77,7 @@ def measure(
     size, end = cfg.block_size, tokenizer.special_tokens["<|role_end|>"]
     truths, is_answer = [], []
     for item in items:
-        prompt = accuracy.encode(tokenizer, item["prompt"])
+        prompt = generator.encode_chat(item["prompt"])
         answer = [*tokenizer.encode(item["answer"]), end]
         fill = -(len(prompt) + len(answer)) % size
         truths.append([*prompt, *answer, *[cfg.pad_token_id] * fill])

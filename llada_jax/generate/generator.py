@@ -10,7 +10,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llada_convert import import_hf
-from llada_jax import checkpoint, config, sharding
+from llada_jax import assets, checkpoint, config, sharding
+from llada_jax.data import chat as chat_lib
 from llada_jax.data import tokenizer as tokenizers
 from llada_jax.diffusion import masks
 from llada_jax.generate import batching, programs, request
@@ -64,7 +65,7 @@ class Generator:
     @classmethod
     def from_pretrained(
         cls,
-        path: str | pathlib.Path,
+        path: str | pathlib.Path | None = None,
         *,
         mesh: config.MeshConfig | str | None = None,
         dtype: str | None = None,
@@ -75,7 +76,8 @@ class Generator:
         """Loads a model directory: one that `llada-convert` wrote, or a Hugging Face one.
 
         Args:
-          path: the directory. A Hugging Face checkpoint is converted in memory.
+          path: the directory, by default of the small model that comes with the package. A Hugging
+            Face checkpoint is converted in memory.
           mesh: sizes of the mesh axes, or text such as "1,1,8,1"; by default one device.
           dtype: dtype to cast parameters to; by default as stored.
           grouped_matmul: formulation of the experts' products; by default the fastest measured
@@ -88,7 +90,7 @@ class Generator:
         Raises:
           ValueError: the directory, the mesh or the tokenizer does not fit the model.
         """
-        path = pathlib.Path(path)
+        path = assets.small_model() if path is None else pathlib.Path(path)
         if isinstance(mesh, str):
             mesh = config.MeshConfig.parse(mesh)
         mesh = mesh or config.MeshConfig()
@@ -130,6 +132,49 @@ class Generator:
             if event.completion is not None:
                 completions[event.index] = event.completion
         return [completions[i] for i in range(len(completions))]
+
+    def chat(
+        self,
+        chats: Sequence[str | Sequence[chat_lib.Message]],
+        params: request.SamplingParams | None = None,
+        **changes: Any,
+    ) -> list[request.Completion]:
+        """Generates the assistant's next turn of every chat.
+
+        Args:
+          chats: each a user's message, or messages {"role": ..., "content": ...} up to a user's.
+          params: how to generate. Without `eos_ids` an answer ends at the model's end tokens and at
+            the tokenizer's own, of which one closes a turn.
+          **changes: applied to `params`, see `SamplingParams.create`.
+
+        Returns:
+          The answers in the order of the chats.
+
+        Raises:
+          ValueError: see `encode_chat`.
+        """
+        prompts = [self.encode_chat(chat) for chat in chats]
+        params = request.SamplingParams.create(params, **changes)
+        if params.eos_ids is None and self.tokenizer is not None:
+            ends = (*self.config.eos_token_ids, *tokenizers.resolve_special_ids(self.tokenizer).eos)
+            params = request.SamplingParams.create(params, eos_ids=tuple(dict.fromkeys(ends)))
+        return self.generate(prompts, params)
+
+    def encode_chat(self, chat: str | Sequence[chat_lib.Message]) -> list[int]:
+        """Token ids of a chat as `chat` has it, up to where the assistant's turn begins.
+
+        Raises:
+          ValueError: the model has no tokenizer, or no chat template, or one that refuses the chat.
+        """
+        if self.tokenizer is None or self.tokenizer.chat_template is None:
+            missing = "tokenizer" if self.tokenizer is None else "chat template"
+            raise ValueError(
+                f"chat: the model directory has no {missing}; add the checkpoint's file, or encode "
+                "the chat with llada_jax.data.chat and pass token ids to `generate`"
+            )
+        template = chat_lib.ChatTemplate(self.tokenizer.chat_template, self.tokenizer.named_tokens)
+        messages = [{"role": "user", "content": chat}] if isinstance(chat, str) else chat
+        return chat_lib.encode_chat(self.tokenizer, template, messages)
 
     def stream(
         self,
