@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from llada_jax import checkpoint, config, sharding
+from llada_jax import checkpoint, config, sharding, storage
 from llada_jax.cli import train_data
 from llada_jax.data import pipeline, token_store
 from llada_jax.diffusion import objective
@@ -193,7 +193,7 @@ def _once(folder: pathlib.Path, cfg: options.TrainConfig) -> dict[str, Any]:
     return found
 
 
-def final_figures(cfg: options.TrainConfig, folder: pathlib.Path) -> dict[str, float]:
+def final_figures(cfg: options.TrainConfig, folder: storage.Folder) -> dict[str, float]:
     """Held-out nats per token of a trained model; batches and noise are the same for all models."""
     mesh = sharding.make_mesh(cfg.mesh)
     with jax.set_mesh(mesh):

@@ -103,7 +103,7 @@ def draw_gaps(
     rng = np.random.default_rng([SEED, length])
     size, gaps = cfg.block_size, []
     while len(gaps) < count:
-        tokens = [*tokenizer.encode(texts[rng.integers(len(texts))]), cfg.pad_token_id]
+        tokens = [*tokenizer.encode(texts[int(rng.integers(len(texts)))]), cfg.pad_token_id]
         first = int(rng.integers(1, len(tokens)))
         # All of it is code, and its block goes on with code for at least one token more.
         is_inside = first % size + length < size and first + length < len(tokens)

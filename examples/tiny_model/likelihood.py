@@ -21,8 +21,8 @@ from llada_convert import import_hf
 from llada_jax import checkpoint, config, sharding
 from llada_jax.data import pipeline, token_store
 from llada_jax.diffusion import objective
+from llada_jax.model import formulation as formulations
 from llada_jax.model import transformer
-from llada_jax.ops import grouped_matmul
 from llada_jax.train import evaluate, goals, options
 from llada_jax.train import state as state_lib
 
@@ -111,7 +111,7 @@ def load(folder: pathlib.Path) -> transformer.LLaDA2:
         folder,
         rules=sharding.TRAIN_RULES,
         dtype="float32",
-        grouped_matmul=grouped_matmul.default_implementation(jax.default_backend()),
+        formulation=formulations.for_training(jax.default_backend()),
     )
 
 

@@ -122,7 +122,7 @@ def mend(
         tokens[row, : len(text)], is_free[row, : len(text)] = text, free
     for first in range(0, length, size):
         block = slice(first, first + size)
-        is_running = is_free[:, block].any(axis=-1)
+        is_running = np.asarray(is_free[:, block].any(axis=-1))
         step = 0
         while is_running.any() and step < preset.max_forwards(size):
             rows = np.flatnonzero(is_running)

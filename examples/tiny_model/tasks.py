@@ -97,7 +97,7 @@ def fill(rng: random.Random, sketch: sketches.Sketch) -> Item:
 def name(rng: random.Random, code: str, split: str) -> Item | None:
     """The name of a library function, from its first line."""
     head = _head(code)
-    return head and Item("name", f"Name: {head}", _function(code).name, split)
+    return Item("name", f"Name: {head}", _function(code).name, split) if head else None
 
 
 def arguments(rng: random.Random, code: str, split: str) -> Item | None:
