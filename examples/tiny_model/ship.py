@@ -43,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = card(source, args.root / "data" / "report.json", args.figures)
     shutil.rmtree(args.target, ignore_errors=True)
     shutil.copytree(source, args.target)
+    cfg = checkpoint.load_config(source)
+    generation = {"eos_token_id": list(cfg.eos_token_ids), "pad_token_id": cfg.pad_token_id}
+    checkpoint.write_json(args.target / "generation_config.json", generation)
     (args.target / "README.md").write_text(text)
     print(f"{args.target}: {size} bytes of weights")
 
