@@ -45,9 +45,9 @@ demo: $(VENV)/.installed-run
 	$(BIN)/llada-convert inspect llada_jax/assets/tiny_python
 	$(BIN)/llada-generate --chat --show-denoising --strategy quality --gen-length 96 \
 	  --prompt "Write the sum of the squares of the even numbers with a loop" \
-	  --prompt "Sort: 5 2 9 4 1" \
-	  --prompt "Look up size: key = 31, size = 84, name = 52"
-	@echo 'next: $(BIN)/llada-generate --chat --show-denoising --prompt "Reverse: key, name, value"'
+	  --prompt "Reverse: key, name, value, size" \
+	  --prompt "Largest: 5 2 9 4"
+	@echo 'next: $(BIN)/llada-generate --chat --show-denoising --prompt "Sort: 5 2 9 4"'
 	@echo '      $(BIN)/llada-generate --prompt "def is_empty(self):"'
 	@echo '      llada_jax/assets/tiny_python/README.md has what else it can be asked'
 else
@@ -82,6 +82,8 @@ train-tiny-twin: $(VENV)/.installed-run
 
 measure-tiny: $(VENV)/.installed-figures
 	$(BIN)/python -m examples.tiny_model.curves $(TINY) --out $(TINY_FIGURES)/curves
+	$(BIN)/python -m examples.tiny_model.accuracy $(TINY)/hf --data $(TINY)/data --split dev \
+	  --per-task 100 --out $(TINY_FIGURES)/accuracy_dev
 	for name in accuracy thresholds repair experts; do \
 	  $(BIN)/python -m examples.tiny_model.$$name $(TINY)/hf --data $(TINY)/data \
 	    --out $(TINY_FIGURES)/$$name || exit 1; \

@@ -5,6 +5,8 @@
 An answer is right if it is the item's, to the character.
 """
 
+import json
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +15,8 @@ from llada_jax.generate import generator as generator_lib
 from llada_jax.generate import request
 
 GEN_LENGTH = 96
+# Share of right answers from which the card calls a task learnt.
+LEARNT = 0.9
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -85,6 +89,22 @@ def ask(
 def is_right(item: dict[str, Any], answer: request.Completion) -> bool:
     """Whether the answer is the right one, to the character."""
     return answer.text == item["answer"]
+
+
+def learnt(file: pathlib.Path) -> list[str]:
+    """The tasks that a table of results calls learnt: right in nine of ten.
+
+    To choose them by the set that the figures are of would flatter: the table is that of "dev".
+
+    Raises:
+      SystemExit: the table is not there, or is of another set.
+    """
+    if not file.exists():
+        raise SystemExit(f"{file}: no such table; `make measure-tiny` makes it")
+    found = json.loads(file.read_text())
+    if found["split"] != "dev":
+        raise SystemExit(f"{file}: is of {found['split']!r}, and tasks are chosen by 'dev'")
+    return [task for task, figures in found["tasks"].items() if figures["exact"] >= LEARNT]
 
 
 def tokens_per_forward(answers: Sequence[request.Completion]) -> float:

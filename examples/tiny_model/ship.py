@@ -12,6 +12,7 @@ import pathlib
 import shutil
 from collections.abc import Sequence
 
+from examples.tiny_model import accuracy
 from llada_jax import assets, checkpoint, config
 from llada_jax.model import transformer
 
@@ -44,7 +45,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     shutil.rmtree(args.target, ignore_errors=True)
     shutil.copytree(source, args.target)
     cfg = checkpoint.load_config(source)
-    generation = {"eos_token_id": list(cfg.eos_token_ids), "pad_token_id": cfg.pad_token_id}
+    generation = {
+        "eos_token_id": list(cfg.eos_token_ids),
+        "pad_token_id": cfg.pad_token_id,
+        "mask_token_id": cfg.mask_token_id,
+    }
     checkpoint.write_json(args.target / "generation_config.json", generation)
     (args.target / "README.md").write_text(text)
     print(f"{args.target}: {size} bytes of weights")
@@ -66,6 +71,7 @@ def card(source: pathlib.Path, report: pathlib.Path, figures: pathlib.Path) -> s
         sha256=hashlib.sha256(weights).hexdigest(),
         python=json.loads(report.read_text())["python"],
         figures="\n\n".join(tables),
+        learnt=", ".join(accuracy.learnt(figures / "accuracy_dev.json")),
         **architecture(cfg),
     )
 

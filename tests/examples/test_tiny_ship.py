@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from examples.tiny_model import curves, results, ship
+from llada_jax import checkpoint
 from llada_jax.data import train_tokenizer
 from tests.conftest import GOLDEN
 
@@ -53,6 +54,9 @@ def figures(folder: pathlib.Path) -> pathlib.Path:
     for name in ship.TABLES:
         table = results.markdown(["what", name], [["a", 1]])
         (folder / f"{name}.md").write_text(table)
+    shares = {"sort": {"exact": 0.89}, "reverse": {"exact": 0.95}, "largest": {"exact": 0.9}}
+    found = {"split": "dev", "tasks": shares}
+    (folder / "accuracy_dev.json").write_text(json.dumps(found))
     return folder
 
 
@@ -65,6 +69,12 @@ def test_the_card_has_every_number_and_table(trained, tmp_path):
     ship.main([*argv, "--figures", str(figures(tmp_path / "figures"))])
     text = (target / "README.md").read_text()
     assert "{" not in text
+    assert "**reverse, largest**" in text
+    generation = json.loads((target / "generation_config.json").read_text())
+    cfg = checkpoint.load_config(trained / "hf")
+    assert generation["eos_token_id"] == list(cfg.eos_token_ids)
+    assert generation["pad_token_id"] == cfg.pad_token_id
+    assert checkpoint.load_config(target) == cfg
     weights = (target / "model.safetensors").read_bytes()
     assert hashlib.sha256(weights).hexdigest() in text
     for name, title in ship.TABLES.items():
