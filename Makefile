@@ -43,7 +43,7 @@ help:
 ifneq ($(wildcard llada_jax/assets/tiny_python/model.safetensors),)
 demo: $(VENV)/.installed-run
 	$(BIN)/llada-convert inspect llada_jax/assets/tiny_python
-	$(BIN)/llada-generate --chat --show-denoising --strategy quality --gen-length 96 \
+	$(BIN)/llada-generate --chat --show-denoising --strategy speed --gen-length 96 \
 	  --prompt "Write the sum of the squares of the even numbers with a loop" \
 	  --prompt "Reverse: key, name, value, size" \
 	  --prompt "Largest: 5 2 9 4"
