@@ -38,4 +38,13 @@ def test_the_state_is_donated_and_every_axis_is_known():
     axes = {row["axes"] for row in figures["collectives"]}
     assert axes
     assert "?" not in axes
+    # Gradients of shared weights are scattered; what is summed whole is norms' scales and scalars.
+    whole = [
+        row
+        for row in figures["collectives"]
+        if row["kind"] == "all-reduce" and row["axes"] == "fsdp+expert"
+    ]
+    assert 0 < sum(row["sent_bytes"] for row in whole) < 10_000
+    scattered = [row for row in figures["collectives"] if row["kind"] == "reduce-scatter"]
+    assert sum(row["count"] for row in scattered) >= 16
     assert figures["program_text"]["estimated_cycles_by_the_compiler"]["cheapest_branches"] > 0
