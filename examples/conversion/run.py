@@ -52,7 +52,7 @@ def main() -> None:
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().python_handler.addFilter(lambda r: "orbax" not in r.pathname)
     workdir: pathlib.Path = args.workdir.absolute()
-    _check_settings(workdir / "settings.json", _settings(args) | {"seeds": None})
+    check_settings(workdir / "settings.json", _settings(args) | {"seeds": None})
     # Every run builds its own jitted functions; the seeds and arms share what they compile to.
     jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -265,7 +265,7 @@ def text_figures(workdir: pathlib.Path) -> dict[str, Any]:
     }
 
 
-def _check_settings(path: pathlib.Path, settings: dict[str, Any]) -> None:
+def check_settings(path: pathlib.Path, settings: dict[str, Any]) -> None:
     """Remembers what a folder was made with, so that its results are never mixed with others."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

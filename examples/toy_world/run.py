@@ -19,6 +19,7 @@ import jax
 from absl import logging
 
 from configs import toy_world
+from examples.conversion import run as conversion
 from examples.toy_world import exactness, measure, resume, stages, targets, variance, world
 
 Stage = Callable[[], dict[str, Any]]
@@ -39,7 +40,7 @@ def main() -> None:
     logging.get_absl_handler().python_handler.addFilter(lambda r: "orbax" not in r.pathname)
     root: pathlib.Path = args.workdir.absolute()
     settings = {"scale": args.scale, "is_fast": args.fast}
-    _check_settings(root / "settings.json", settings)
+    conversion.check_settings(root / "settings.json", settings)
     # One simulated device for each core: XLA computes most of a step of one device in one thread.
     jax.config.update("jax_num_cpu_devices", 2)
     # Stages build their own jitted functions; seeds share what they compile to.
@@ -150,15 +151,6 @@ def once(target: pathlib.Path, stage: Stage) -> dict[str, Any]:
     target.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{target.parent.name} {target.stem}: {found['stage_seconds']:.0f} s", flush=True)
     return found
-
-
-def _check_settings(path: pathlib.Path, settings: dict[str, Any]) -> None:
-    """Remembers what a folder was made with, so that its results are never mixed with others."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings) + "\n")
-    elif (found := json.loads(path.read_text())) != settings:
-        raise SystemExit(f"{path}: made with {found}, asked for {settings}; take another --workdir")
 
 
 if __name__ == "__main__":

@@ -112,9 +112,8 @@ def _run(args: argparse.Namespace) -> None:
         allow_special=args.allow_special,
     )
     ids = [_naming(prompt.where, encoder.encode, prompt.content) for prompt in prompts]
-    if args.chat and generator.tokenizer is not None:
-        ends = tokenizers.resolve_special_ids(generator.tokenizer).eos
-        ends = tuple(dict.fromkeys((*generator.config.eos_token_ids, *ends)))
+    if args.chat:
+        ends = generator.chat_end_ids
         params = [
             request.SamplingParams.create(p, eos_ids=ends) if p.eos_ids is None else p
             for p in params

@@ -155,10 +155,17 @@ class Generator:
         """
         prompts = [self.encode_chat(chat) for chat in chats]
         params = request.SamplingParams.create(params, **changes)
-        if params.eos_ids is None and self.tokenizer is not None:
-            ends = (*self.config.eos_token_ids, *tokenizers.resolve_special_ids(self.tokenizer).eos)
-            params = request.SamplingParams.create(params, eos_ids=tuple(dict.fromkeys(ends)))
+        if params.eos_ids is None:
+            params = request.SamplingParams.create(params, eos_ids=self.chat_end_ids)
         return self.generate(prompts, params)
+
+    @property
+    def chat_end_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer in a chat: the model's, then the tokenizer's own."""
+        ends = list(self.config.eos_token_ids)
+        if self.tokenizer is not None:
+            ends += tokenizers.resolve_special_ids(self.tokenizer).eos
+        return tuple(dict.fromkeys(ends))
 
     def encode_chat(self, chat: str | Sequence[chat_lib.Message]) -> list[int]:
         """Token ids of a chat as `chat` has it, up to where the assistant's turn begins.

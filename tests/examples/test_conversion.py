@@ -80,7 +80,7 @@ def test_three_arms_run_from_text_to_tables(tmp_path):
 
 
 def test_results_of_other_settings_are_not_mixed_in(tmp_path):
-    check = load("run")._check_settings
+    check = load("run").check_settings
     check(tmp_path / "settings.json", {"steps": 8})
     check(tmp_path / "settings.json", {"steps": 8})
     with pytest.raises(SystemExit, match="take another --workdir"):
