@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from llada_jax import config, sharding
+from llada_jax import checkpoint, config, sharding
 from llada_jax.model import transformer
 from llada_jax.train import architecture, goals, options
 
@@ -30,8 +30,11 @@ def read(path: pathlib.Path) -> options.TrainConfig:
 
 def model_of(cfg: options.TrainConfig) -> config.ModelConfig:
     """The model that is trained, without its weights."""
-    if cfg.model.init_from is not None:
-        return config.ModelConfig.preset(STARTS[cfg.model.init_from])
+    start = cfg.model.init_from
+    if start in STARTS:
+        return config.ModelConfig.preset(STARTS[start])
+    if start is not None:  # in this repository
+        return checkpoint.load_config(FOLDER.parent / start)
     return architecture.model_config(cfg.model)
 
 
