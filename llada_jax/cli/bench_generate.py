@@ -147,6 +147,7 @@ class Uncached:
     def __init__(self, model: transformer.LLaDA2, params: generate.SamplingParams):
         self.model, self.params = model, params
         self.block_length = params.block_length or model.cfg.block_size
+        self.gen_length = params.gen_length or 0
         self.step = jax.jit(self._step)
 
     def _step(self, model, tokens, prompt_length, step, post_steps, strategy, mask_id):
@@ -181,7 +182,7 @@ class Uncached:
 
     def _windows(self, prompt_length: int) -> range:
         block = self.block_length
-        last = -(-(prompt_length + self.params.gen_length) // block)
+        last = -(-(prompt_length + self.gen_length) // block)
         return range((prompt_length // block + 1) * block, last * block + 1, block)
 
     def compile(self, prompt_length: int) -> float:
@@ -214,7 +215,7 @@ class Uncached:
                 tokens, post_steps, done = self._call(tokens, len(prompt), step, post_steps)
                 step, forwards, is_done = step + 1, forwards + 1, bool(done[0])
             canvas = np.asarray(tokens)[0].tolist()
-            answer = canvas[len(prompt) : len(prompt) + self.params.gen_length]
+            answer = canvas[len(prompt) : len(prompt) + self.gen_length]
             ends = [i for i, t in enumerate(answer) if t in (self.params.eos_ids or ())]
             if ends:
                 return answer[: ends[0] + 1], forwards

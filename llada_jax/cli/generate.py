@@ -118,10 +118,6 @@ def _run(args: argparse.Namespace) -> None:
             request.SamplingParams.create(p, eos_ids=ends) if p.eos_ids is None else p
             for p in params
         ]
-    params = [
-        p if "gen_length" in {**flags, **prompt.options} else _fitting(p, prompt_ids, generator)
-        for prompt, prompt_ids, p in zip(prompts, ids, params, strict=True)
-    ]
     for prompt, prompt_ids, p in zip(prompts, ids, params, strict=True):
         # Checks the request at once, and generates nothing as long as nobody asks for an event.
         _naming(prompt.where, generator.stream, [prompt_ids], [p])
@@ -202,18 +198,6 @@ def _chat_template(
             "--chat-template default"
         )
     return chat.ChatTemplate(source, tokenizer.named_tokens)
-
-
-def _fitting(
-    params: request.SamplingParams, prompt: Sequence[int], generator: generators.Generator
-) -> request.SamplingParams:
-    """The same with no more tokens to generate than the model has positions for."""
-    block_length = params.block_length or generator.config.block_size
-    num_blocks = generator.config.max_position_embeddings // block_length
-    left = num_blocks * block_length - len(prompt)
-    if not 0 < left < params.gen_length:
-        return params
-    return request.SamplingParams.create(params, gen_length=left)
 
 
 def _drawn(

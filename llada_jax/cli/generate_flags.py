@@ -56,7 +56,7 @@ OPTIONS = (
     Option(
         "gen_length",
         int,
-        f"most tokens to generate, by default {request.SamplingParams.gen_length} or what the "
+        f"most tokens to generate, by default {request.DEFAULT_GEN_LENGTH} or what the "
         "model has room for",
     ),
     Option("block_length", int, "tokens per block", is_optional=True),

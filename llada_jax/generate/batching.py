@@ -38,6 +38,12 @@ class Job:
         return self.params.block_length
 
     @property
+    def gen_length(self) -> int:
+        """Most tokens to generate."""
+        assert self.params.gen_length is not None
+        return self.params.gen_length
+
+    @property
     def first_block_start(self) -> int:
         """Position of the first block that is generated; whole prompt blocks lie before it."""
         return len(self.prompt) // self.block_length * self.block_length
@@ -45,7 +51,7 @@ class Job:
     @property
     def end(self) -> int:
         """Position after the last token asked for."""
-        return len(self.prompt) + self.params.gen_length
+        return len(self.prompt) + self.gen_length
 
     @property
     def canvas_length(self) -> int:

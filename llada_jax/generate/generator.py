@@ -204,9 +204,9 @@ class Generator:
 
     def _run(self, jobs: list[batching.Job], denoising: bool) -> Iterator[request.Event]:
         for job in jobs:
-            if not job.params.gen_length:
+            if not job.gen_length:
                 yield progress_lib.Progress(job, self.tokenizer).finish()
-        for batch in batching.batches([j for j in jobs if j.params.gen_length], self.max_batch):
+        for batch in batching.batches([j for j in jobs if j.gen_length], self.max_batch):
             yield from self._run_batch(batch, denoising)
 
     def _run_batch(self, jobs: Sequence[batching.Job], denoising: bool) -> Iterator[request.Event]:
@@ -362,7 +362,8 @@ class Generator:
         jobs = []
         for index, (prompt, p) in enumerate(zip(several, params, strict=True)):
             ids = self._encode(prompt, index)
-            p = request.SamplingParams.create(p, **changes).resolve(self.config)
+            p = request.SamplingParams.create(p, **changes)
+            p = p.resolve(self.config, prompt_length=len(ids))
             job = batching.Job(index, ids, p)
             if job.canvas_length > self.config.max_position_embeddings:
                 raise ValueError(

@@ -15,6 +15,9 @@ STRATEGIES: Mapping[str, Any] = {
     "quality": unmask.JointThreshold.quality,
 }
 
+# Tokens, where the model has room for them.
+DEFAULT_GEN_LENGTH = 512
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -22,7 +25,7 @@ class SamplingParams:
 
     Attributes:
       strategy: which tokens a denoising step accepts or edits.
-      gen_length: most tokens to generate.
+      gen_length: most tokens to generate; None takes 512, or what the model has room for.
       block_length: tokens per block; None takes the model's block size.
       minimal_topk: limits the steps of `FixedSchedule` to `gen_length // minimal_topk`, as the
         LLaDA2.0 reference does.
@@ -37,7 +40,7 @@ class SamplingParams:
     """
 
     strategy: unmask.Strategy = unmask.FixedSchedule()  # noqa: RUF009 (frozen)
-    gen_length: int = 512
+    gen_length: int | None = None
     block_length: int | None = None
     minimal_topk: int = 1
     temperature: float = 0.0
@@ -49,7 +52,7 @@ class SamplingParams:
     mask_id: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.gen_length >= 0:
+        if self.gen_length is not None and not self.gen_length >= 0:
             raise ValueError(f"gen_length: {self.gen_length} must be >= 0")
         if self.block_length is not None and self.block_length < 1:
             raise ValueError(f"block_length: {self.block_length} must be >= 1")
@@ -104,8 +107,12 @@ class SamplingParams:
                 changes[name] = tuple(changes[name])
         return dataclasses.replace(base, strategy=strategy, **changes)
 
-    def resolve(self, cfg: config.ModelConfig) -> Self:
+    def resolve(self, cfg: config.ModelConfig, *, prompt_length: int = 0) -> Self:
         """The same with every choice left to the model filled in.
+
+        Args:
+          cfg: the model.
+          prompt_length: tokens before the text, which leave less room for it.
 
         Raises:
           ValueError: the mask's id is known neither here nor to the model, or an id is out of
@@ -123,12 +130,18 @@ class SamplingParams:
                 raise ValueError(f"{name}: {value} is no id below vocab_size {cfg.vocab_size}")
         if mask_id in eos_ids:
             raise ValueError(f"mask_id: {mask_id} is also an end token; the mask cannot end a text")
+        block_length = self.block_length or cfg.block_size
+        gen_length = self.gen_length
+        if gen_length is None:
+            room = cfg.max_position_embeddings // block_length * block_length - prompt_length
+            # A prompt that leaves no room is refused for its length, by whoever has it.
+            gen_length = min(DEFAULT_GEN_LENGTH, room) if room > 0 else DEFAULT_GEN_LENGTH
         strategy = self.strategy
-        if isinstance(strategy, unmask.FixedSchedule) and self.gen_length:
-            steps = min(int(strategy.steps), self.gen_length // self.minimal_topk)
+        if isinstance(strategy, unmask.FixedSchedule) and gen_length:
+            steps = min(int(strategy.steps), gen_length // self.minimal_topk)
             if steps < 1:
                 raise ValueError(
-                    f"minimal_topk: {self.minimal_topk} is more than gen_length {self.gen_length}, "
+                    f"minimal_topk: {self.minimal_topk} is more than gen_length {gen_length}, "
                     "which leaves no denoising step"
                 )
             strategy = dataclasses.replace(strategy, steps=steps)
@@ -137,7 +150,8 @@ class SamplingParams:
             strategy=strategy,
             mask_id=mask_id,
             eos_ids=tuple(eos_ids),
-            block_length=self.block_length or cfg.block_size,
+            gen_length=gen_length,
+            block_length=block_length,
         )
 
 

@@ -246,6 +246,23 @@ def test_streamed_text_adds_up_whatever_bytes_a_block_ends_in(model, monkeypatch
 
 
 @pytest.mark.parametrize(
+    ("prompt_length", "block_length", "expected"),
+    [(0, 8, 512), (3, 8, 509), (500, 8, 12), (512, 8, 512), (10, 100, 490), (0, 1024, 512)],
+)
+def test_the_default_length_is_what_there_is_room_for(model, prompt_length, block_length, expected):
+    params = generate.SamplingParams(block_length=block_length)
+    chosen = params.resolve(model.config, prompt_length=prompt_length)
+    assert chosen.gen_length == expected
+    larger = model.config.replace(max_position_embeddings=4096)
+    assert params.resolve(larger, prompt_length=prompt_length).gen_length == 512
+
+
+def test_a_prompt_without_room_is_refused(model):
+    with pytest.raises(ValueError, match="512 tokens and gen_length 512 need 1024 positions"):
+        model.generate([1] * 512)
+
+
+@pytest.mark.parametrize(
     ("prompt", "changes", "message"),
     [
         ([1, 2], {"speed": 3}, "speed: unknown"),
