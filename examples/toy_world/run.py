@@ -26,7 +26,7 @@ Stage = Callable[[], dict[str, Any]]
 
 
 def main() -> None:
-    """Runs what is missing, writes the results and prints the table."""
+    """Runs what is missing, writes the results and a page of targets, and prints that."""
     flags = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     flags.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("build/toy_world"))
     flags.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/toy_world.json"))
@@ -59,7 +59,9 @@ def main() -> None:
             if args.only is None or name in args.only:
                 results["seeds"][str(number)][name] = once(seed.folder / f"{name}.json", stage)
                 args.out.write_text(json.dumps(results, indent=1) + "\n")
-    print(targets.table(results))
+    page = targets.page(results)
+    args.out.with_suffix(".md").write_text(page)
+    print(page)
 
 
 def full_stages(seed: stages.Seed) -> dict[str, Stage]:

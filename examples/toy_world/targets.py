@@ -20,6 +20,7 @@ from examples.tiny_model import results as tables
 
 EXPECTED = pathlib.Path(__file__).with_name("expected.json")
 REACHED, MISSED, ABSENT, REPORTED = "reached", "not reached", "not measured", "reported"
+STATES = (REACHED, MISSED, ABSENT, REPORTED)
 
 
 def read() -> list[dict[str, Any]]:
@@ -96,6 +97,22 @@ def table(results: Mapping[str, Any]) -> str:
             each = ", ".join(f"{value:.3g}" for value in values) if len(values) > 1 else ""
             rows.append([check["says"], _band(check), mean, each, state])
     return tables.markdown(["target", "wanted", "mean", "each seed", "state"], rows)
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """The table and how many targets were reached."""
+    states = [
+        verdict([judge(check, figures(check, results)) for check in target["checks"]])
+        for target in read()
+    ]
+    counts = ", ".join(f"{states.count(s)} {s}" for s in STATES if s in states)
+    seeds = ", ".join(results["seeds"])
+    return (
+        f"# The toy world: its targets\n\nSeeds {seeds}; {counts}. A target is reached if all of "
+        "its checks are; bands were set before the runs. Written by `python -m "
+        "examples.toy_world.run`; what is compared: [the example](../examples/toy_world/README.md)."
+        f"\n\n{table(results)}\n"
+    )
 
 
 def _band(check: Mapping[str, Any]) -> str:

@@ -192,7 +192,8 @@ def test_a_target_is_reached_if_all_its_bands_are():
 def test_the_table_says_what_was_not_measured():
     long = {"knowledge": {"unseen": [9, 90], "infill": [88, 90]}}
     broken = {"num_differing": 1, "num_kills": 6}
-    table = targets.table({"seeds": {"0": {"long": long, "resume": broken}, "1": {"long": long}}})
+    results = {"seeds": {"0": {"long": long, "resume": broken}, "1": {"long": long}}}
+    table = targets.table(results)
     states = {row.split("|")[1].strip(): row.split("|")[-2].strip() for row in table.splitlines()}
     assert states["diffusion: facts filled in in place, share"] == targets.REACHED
     assert states["diffusion: facts in the unseen direction, all seeds, share"] == targets.REACHED
@@ -203,6 +204,9 @@ def test_the_table_says_what_was_not_measured():
     broken_target = states["**10. A killed run ends with the same bits (not piloted)**"]
     assert broken_target == f"**{targets.MISSED}**"
     assert "| 0.978 | 0.978, 0.978 |" in table
+    page = targets.page(results)
+    assert "Seeds 0, 1; 1 not reached, 10 not measured." in page
+    assert table in page
 
 
 def test_every_stage_that_a_check_takes_is_one():
@@ -240,6 +244,7 @@ def test_the_short_version_runs_to_its_table(tmp_path):
     assert seed["objective"]["difference_at_1"] < 1e-5
     assert seed["objective"]["standard_errors"] < 4
     assert "tokens per forward at threshold 0.95, with over without" in done.stdout
+    assert out.with_suffix(".md").read_text() == targets.page(results)
     assert targets.figures(SPEEDUP, results)[0] > 0
 
     # What is finished is not done again.
