@@ -88,7 +88,10 @@ def _tokens_forward(rows, weights, placement):
 def _tokens_backward(residuals, d_tokens):
     rows, weights, placement = residuals
     weight = take(weights.reshape(-1), placement.choices)
-    d_rows = (take(d_tokens, placement.tokens) * weight[:, None]).astype(rows.dtype)
+    # Gathered in the rows' dtype, to which callers round the sum, so that nothing is lost: float32
+    # copies for every row were the largest arrays of a training step.
+    d_own = take(d_tokens.astype(rows.dtype), placement.tokens).astype(jnp.float32)
+    d_rows = (d_own * weight[:, None]).astype(rows.dtype)
     d_weights = [
         jnp.sum(take(rows, placement.places[:, s]).astype(jnp.float32) * d_tokens, axis=1)
         for s in range(weights.shape[1])
