@@ -100,6 +100,8 @@ def memory(
                 **program.expected_bytes,
                 "all else": rest,
             }
+            known = found.arguments + sum(program.expected_bytes.values())
+            figures["peak_over_known_parts"] = found.peak / known
     figures["argument_parts_bytes"] = program.argument_bytes
     figures["largest_temporaries"] = [
         {"size": buffer.size, "shapes": buffer.shapes} for buffer in result.largest
@@ -221,6 +223,9 @@ def _memory_lines(hbm: Mapping[str, Any]) -> list[str]:
     if "free_bytes" in hbm:
         word = "fits, free" if hbm["fits"] else "DOES NOT FIT, over by"
         lines.append(f"  {word:<32} {abs(hbm['free_bytes']) / GIB:>10.3f}")
+    if "peak_over_known_parts" in hbm:
+        word = "peak over the parts known"
+        lines.append(f"  {word:<32} {hbm['peak_over_known_parts']:>10.3f} times")
     if hbm["largest_temporaries"]:
         lines.append("  largest pieces of the temporaries, and what lies in them in turn:")
         lines += [f"    {b['size']:>10}  {_short(b['shapes'])}" for b in hbm["largest_temporaries"]]

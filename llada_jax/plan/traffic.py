@@ -4,7 +4,7 @@ Each formula counts what no arrangement of the same computation avoids, so that 
 bandwidth are a bound from below. What a compiler adds to it, such as copies, is not in it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from llada_jax import config
 from llada_jax.model import transformer
+from llada_jax.ops import token_exchange
 from llada_jax.train import optimizer, options
 
 
@@ -113,3 +114,35 @@ def saved_activations(
     return device_tokens * (
         cfg.num_hidden_layers * layer + cfg.num_moe_layers * cfg.num_experts * 4
     )
+
+
+def layer_working_set(
+    cfg: config.ModelConfig,
+    compute: options.ComputeOptions,
+    device_tokens: float,
+    *,
+    dispatch: str,
+    mesh: Mapping[str, int],
+) -> float | None:
+    """Bytes of one layer's experts on one device: every array once, and its gradient once.
+
+    - Tokens that come to a device, and what its experts make of each.
+    - Rows of the experts, one for every choice, and their results.
+    - Inner values: gate, up, and what goes through the last matrix.
+    - The layer's matrices, gathered along `fsdp`.
+
+    The load is even and buffers hold nothing beyond it. Where tokens do not travel to their experts
+    this is not counted, and None.
+    """
+    is_aligned = dispatch.endswith("group_aligned")
+    if not cfg.num_moe_layers or not (is_aligned or dispatch.endswith("all_to_all")):
+        return None
+    choices, ranks = cfg.num_experts_per_tok, mesh["expert"]
+    sent = float(choices)
+    if is_aligned:
+        groups = (cfg.n_group, cfg.topk_group)
+        sent = token_exchange.mean_ranks(ranks, cfg.num_experts, choices, *groups)
+    inner = cfg.moe_intermediate_size / mesh["tensor"]
+    per_token = 2 * (sent + choices) * cfg.hidden_size + 3 * choices * inner
+    matrices = 3 * cfg.num_experts / ranks * cfg.hidden_size * inner
+    return 2 * (device_tokens * per_token + matrices) * jnp.dtype(compute.dtype).itemsize

@@ -90,6 +90,15 @@ def training_program(
     saved = traffic.saved_activations(model_cfg, cfg.compute, device_tokens)
     if saved is not None:
         expected["saved activations"] = saved
+    working_set = traffic.layer_working_set(
+        model_cfg,
+        cfg.compute,
+        device_tokens,
+        dispatch=model.formulation.dispatch,
+        mesh=mesh.shape,
+    )
+    if working_set is not None:
+        expected["one layer's working set"] = working_set
     return program_lib.Program(
         name="train_step",
         lowered=lowered,

@@ -184,6 +184,31 @@ def test_traffic_of_training_counts_every_pass():
     assert traffic.saved_activations(TINY, none, 8) is None
 
 
+def test_the_working_set_of_a_layer_is_every_array_and_its_gradient():
+    # 8 experts in 2 of 4 groups, 2 choices; width 64, inner width 32.
+    cfg = TINY
+    sizes = (cfg.num_experts, cfg.num_experts_per_tok, cfg.n_group, cfg.topk_group)
+    assert (*sizes, cfg.hidden_size, cfg.moe_intermediate_size) == (8, 2, 4, 2, 64, 32)
+    float32 = options.ComputeOptions(dtype="float32")
+    mesh = {"data": 1, "fsdp": 1, "expert": 4, "tensor": 1}
+
+    def size(dispatch, mesh=mesh, tokens=100):
+        found = traffic.layer_working_set(cfg, float32, tokens, dispatch=dispatch, mesh=mesh)
+        assert found is not None
+        return found / (2 * 4)
+
+    # Sent once for each choice: two rows that travel, two of experts, and their results.
+    inner, matrices = 3 * 2 * 32, 3 * 2 * 64 * 32
+    assert size("all_to_all") == 100 * ((2 + 2) * 2 * 64 + inner) + matrices
+    # Sent once to a rank, which has a group: of 6 pairs out of 4 experts 2 lie on one rank.
+    assert size("group_aligned") == pytest.approx(100 * (2 * (5 / 3 + 2) * 64 + inner) + matrices)
+    halves = mesh | {"tensor": 2}
+    assert size("all_to_all", halves) == 100 * (4 * 2 * 64 + inner / 2) + matrices / 2
+    for dispatch in ("replicated", "all_gather"):
+        args = (cfg, float32, 100)
+        assert traffic.layer_working_set(*args, dispatch=dispatch, mesh=mesh) is None
+
+
 def test_no_array_is_made():
     before = len(jax.live_arrays())
     program, _ = traced("denoise_block", config.MeshConfig(expert=8))

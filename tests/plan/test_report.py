@@ -81,6 +81,7 @@ def test_the_verdict_is_the_peak_against_the_limit(peak, fits, free):
     hbm = figures["hbm"]
     assert (hbm["fits"], hbm["free_bytes"]) == (fits, free * GIB)
     assert hbm["temporary_parts_bytes"] == {"gradients": 1 * GIB, "all else": 2 * GIB}
+    assert hbm["peak_over_known_parts"] == peak / 10
     lines = report.text(figures).splitlines()
     word = "fits, free" if fits else "DOES NOT FIT, over by"
     (line,) = [line for line in lines if word in line]
