@@ -48,7 +48,8 @@ def main() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     world.write_stores(root / "data")
     settings["markov_nats_per_token"] = world.markov().nats_per_token
-    results: dict[str, Any] = {"settings": settings, "seeds": {str(n): {} for n in args.seeds}}
+    results = kept_results(args.out, settings)
+    results["seeds"] |= {str(number): {} for number in args.seeds}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for number in args.seeds:
         seed = stages.Seed(root, number, args.scale)
@@ -62,6 +63,19 @@ def main() -> None:
     page = targets.page(results)
     args.out.with_suffix(".md").write_text(page)
     print(page)
+
+
+def kept_results(out: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the file holds, since seeds may have been run elsewhere; it must be of like settings."""
+    if not out.exists():
+        return {"settings": settings, "seeds": {}}
+    results = json.loads(out.read_text())
+    if results["settings"] != settings:
+        raise SystemExit(
+            f"{out}: holds results of {results['settings']}, and these would be of {settings}; "
+            "move it, or choose another --out"
+        )
+    return results
 
 
 def full_stages(seed: stages.Seed) -> dict[str, Stage]:

@@ -247,10 +247,19 @@ def test_the_short_version_runs_to_its_table(tmp_path):
     assert out.with_suffix(".md").read_text() == targets.page(results)
     assert targets.figures(SPEEDUP, results)[0] > 0
 
-    # What is finished is not done again.
-    out.unlink()
+    # What is finished is not done again, and seeds from elsewhere stay.
+    other = {"7": {"base": {"run": {}}}}
+    out.write_text(json.dumps(results | {"seeds": other}))
     assert run().returncode == 0
-    assert json.loads(out.read_text()) == results
+    assert json.loads(out.read_text()) == results | {"seeds": other | results["seeds"]}
+
+
+def test_results_of_other_settings_are_left_alone(tmp_path):
+    out, settings = tmp_path / "results.json", {"scale": 1.0}
+    assert run_lib.kept_results(out, settings) == {"settings": settings, "seeds": {}}
+    out.write_text(json.dumps({"settings": {"scale": 0.1}, "seeds": {}}))
+    with pytest.raises(SystemExit, match=r"\{'scale': 0.1\}, and these .* \{'scale': 1.0\}; move"):
+        run_lib.kept_results(out, settings)
 
 
 @pytest.mark.slow
