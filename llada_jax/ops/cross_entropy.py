@@ -111,6 +111,8 @@ def _forward(hidden, kernel, targets, chunk, with_entropy, rules):
         out = jax.lax.fori_loop(0, shape[1] // chunk, body, out)
         return tuple(a[:, : targets.shape[1]] for a in out)
 
+    # The head is gathered once the hidden states are there: earlier, it would lie beside them.
+    hidden, kernel = jax.lax.optimization_barrier((hidden, kernel))
     nll, is_correct, entropy, log_total = local(hidden, _whole(kernel, rules), targets)
     out = TokenStatistics(nll=nll, is_correct=is_correct, entropy=entropy)
     return out, (hidden, kernel, targets, entropy, log_total)
@@ -168,7 +170,10 @@ def _backward(chunk, with_entropy, rules, residuals, d_out):
     d_hidden, d_kernel = local(
         hidden, _whole(kernel, rules), targets, entropy, log_total, d_out.nll, d_out.entropy
     )
-    return d_hidden, jax.reshard(d_kernel, rules.spec(*_AXES)), None
+    # The head's gradient, whole on each rank, is scattered before the layers' backward pass begins.
+    d_kernel = jax.reshard(d_kernel, rules.spec(*_AXES))
+    d_hidden, d_kernel = jax.lax.optimization_barrier((d_hidden, d_kernel))
+    return d_hidden, d_kernel, None
 
 
 _statistics.defvjp(_forward, _backward)
