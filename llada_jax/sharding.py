@@ -24,6 +24,8 @@ class AxisRules:
 
     Attributes:
       batch: rows of a batch.
+      length: positions of a row, in the order of `ops.context_parallel`. One axis at most; only
+        splash attention can have it.
       embed: the residual stream's dimension of a parameter. Activations keep it whole.
       expert_embed: the same of the routed experts' parameters, which `expert` splits too.
       heads: query heads.
@@ -34,6 +36,7 @@ class AxisRules:
     """
 
     batch: MeshAxes = ("data", "fsdp")
+    length: str | None = None
     embed: MeshAxes = None
     expert_embed: MeshAxes = None
     heads: MeshAxes = "tensor"
@@ -45,14 +48,19 @@ class AxisRules:
     def spec(self, *logical_axes: str | None) -> P:
         """The partition of an array whose dimensions have these logical axes.
 
-        Names without a rule (`layers`, `length`, `head_dim`) and None stay whole.
+        Names without a rule (`layers`, `head_dim`) and None stay whole.
         """
         ruled = {f.name for f in dataclasses.fields(self)}
-        whole = {"layers", "length", "head_dim", None}
+        whole = {"layers", "head_dim", None}
         for name in logical_axes:
             if name not in ruled and name not in whole:
                 raise ValueError(f"logical axis {name!r} is not one of {sorted(ruled)}")
         return P(*(getattr(self, name) if name in ruled else None for name in logical_axes))
+
+    @property
+    def token_axes(self) -> tuple[str, ...]:
+        """The mesh axes along which ranks have tokens of their own: other rows, or positions."""
+        return (*axis_names(self.batch), *axis_names(self.length))
 
 
 # Sampling keeps every parameter whole along `embed`: gathering weights at each denoising step
@@ -63,6 +71,19 @@ SERVE_RULES = AxisRules()
 TRAIN_RULES = AxisRules(
     batch=("data", "fsdp", "expert"), embed=("fsdp", "expert"), expert_embed="fsdp"
 )
+# For rows that are too long for one rank: those of `expert` share rows, and each has a part of
+# their positions. Parameters lie as above, so that states and checkpoints go from one to the other.
+LONG_RULES = dataclasses.replace(TRAIN_RULES, batch=("data", "fsdp"), length="expert")
+
+
+def train_rules(*, splits_positions: bool) -> AxisRules:
+    """The rules of training.
+
+    Args:
+      splits_positions: whether the ranks of `expert` share rows and split their positions; else
+        they have rows of their own.
+    """
+    return LONG_RULES if splits_positions else TRAIN_RULES
 
 
 def serve_rules(*, splits_rows: bool) -> AxisRules:

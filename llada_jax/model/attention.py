@@ -89,7 +89,13 @@ class Attention(nnx.Module):
             assert cache is None
             if self.formulation.attention == "splash":
                 return splash_attention.splash_attention(
-                    query, key, value, mask, interpret=interpret, rules=rules
+                    query,
+                    key,
+                    value,
+                    mask,
+                    context_axis=rules.length,
+                    interpret=interpret,
+                    rules=rules,
                 )
             return tile_attention.tile_attention(query, key, value, mask, rules=rules)
         cached = {}

@@ -52,8 +52,8 @@ def init_cache(
     capacity_tokens: int,
     dtype: jax.typing.DTypeLike,
 ) -> KVCache:
-    """An empty cache, laid out by the rules on the current mesh."""
-    spec = rules.spec("layers", "batch", "length", "kv_heads", "head_dim")
+    """An empty cache, laid out by the rules on the current mesh; rows are whole."""
+    spec = rules.spec("layers", "batch", None, "kv_heads", "head_dim")
     shape = (
         cfg.num_hidden_layers,
         batch,
@@ -84,7 +84,7 @@ def write(
       length: the rows' new lengths.
       rules: how the cache is split over the mesh.
     """
-    spec = rules.spec("layers", "batch", "length", "kv_heads", "head_dim")
+    spec = rules.spec("layers", "batch", None, "kv_heads", "head_dim")
     row_spec = rules.spec("batch")
 
     def local(cached, new, start):

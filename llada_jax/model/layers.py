@@ -120,6 +120,6 @@ class Embed(nnx.Module):
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Scores of every vocabulary entry: computed in the dtype of `x`, returned as float32."""
         table = shared_weights.whole(self.kernel[...], ("vocab", "embed"), self.rules)
-        logits_spec = self.rules.spec("batch", None, "vocab")
+        logits_spec = self.rules.spec("batch", "length", "vocab")
         out = jnp.einsum("btd,vd->btv", x, table, out_sharding=logits_spec)
         return out.astype(jnp.float32)

@@ -54,13 +54,14 @@ def token_statistics(
       hidden: normed hidden states.
       head_kernel: the head, one row per token.
       targets: token ids.
-      chunk_tokens: positions of each row whose logits exist at a time; T need not be a multiple.
+      chunk_tokens: positions of each row whose logits exist at a time on a device; T need not be a
+        multiple.
       with_entropy: whether to compute the entropy.
-      rules: how rows and the vocabulary are split over the mesh.
+      rules: how rows, their positions and the vocabulary are split over the mesh.
     """
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; it must be at least 1")
-    chunk = min(chunk_tokens, hidden.shape[1])
+    chunk = min(chunk_tokens, hidden.shape[1] // sharding.axis_size(rules.length))
     return _statistics(
         hidden, head_kernel.astype(hidden.dtype), targets, chunk, with_entropy, rules
     )
@@ -73,7 +74,7 @@ def _statistics(hidden, kernel, targets, chunk, with_entropy, rules):
 
 def _forward(hidden, kernel, targets, chunk, with_entropy, rules):
     """Keeps the entropy and the logarithm of the softmax's denominator of each position."""
-    rows, row_vectors = rules.spec("batch", None), rules.spec("batch", None, None)
+    rows, row_vectors = rules.spec("batch", "length"), rules.spec("batch", "length", None)
 
     @functools.partial(
         jax.shard_map,
@@ -124,7 +125,7 @@ def _backward(chunk, with_entropy, rules, residuals, d_out):
     With p the softmax and H the entropy, d nll / d logit_v is p_v - [v is the target], and
     d H / d logit_v is -p_v (log p_v + H).
     """
-    rows, row_vectors = rules.spec("batch", None), rules.spec("batch", None, None)
+    rows, row_vectors = rules.spec("batch", "length"), rules.spec("batch", "length", None)
     kernel_spec = rules.spec("vocab", None)
 
     @functools.partial(

@@ -103,34 +103,35 @@ def expert_mlp(
     Returns:
       out: the sums.
       num_computed: choices that were multiplied with their expert's matrices, on each of the N
-        devices along the axes of the batch and of the experts. The sum is B * T * X, or tokens were
-        dropped. Nothing travels for it.
+        devices along the axes of the tokens and of the experts. The sum is B * T * X, or tokens
+        were dropped. Nothing travels for it.
 
     Raises:
-      ValueError: "replicated", where the rules split the batch over several ranks of experts.
+      ValueError: "replicated", where the rules split the tokens over several ranks of experts.
     """
     leading = () if layer is None else ("layers",)
-    batch_spec = rules.spec("batch", None, None)
+    token_spec = rules.spec("batch", "length", None)
     in_spec = rules.spec(*leading, "expert", None, "mlp")
     out_spec = rules.spec(*leading, "expert", "mlp", None)
     # A parameter shared over `expert_embed` ranks is made whole here, one layer at a time.
     gate_proj, up_proj = jax.reshard((gate_proj, up_proj), in_spec)
     down_proj = jax.reshard(down_proj, out_spec)
     expert_axes = sharding.axis_names(rules.expert)
-    batch_axes = sharding.axis_names(rules.batch)
-    is_split = bool(set(expert_axes) & set(batch_axes))
+    is_split = bool(set(expert_axes) & set(rules.token_axes))
     # Along the other axes devices compute the same choices.
-    count_spec = P((*batch_axes, *(name for name in expert_axes if name not in batch_axes)))
+    count_spec = P(
+        (*rules.token_axes, *(name for name in expert_axes if name not in rules.token_axes))
+    )
     if is_split and dispatch.algorithm == "replicated" and sharding.axis_size(rules.expert) > 1:
         raise ValueError(
             "dispatch 'replicated' needs every device of the expert axis to see the same tokens, "
-            f"and these rules split the batch over {rules.batch}; choose another of {ALGORITHMS}"
+            f"and these rules split them over {rules.token_axes}; choose another of {ALGORITHMS}"
         )
 
     @functools.partial(
         jax.shard_map,
-        in_specs=(batch_spec, batch_spec, batch_spec, in_spec, in_spec, out_spec, P()),
-        out_specs=(batch_spec, count_spec),
+        in_specs=(token_spec, token_spec, token_spec, in_spec, in_spec, out_spec, P()),
+        out_specs=(token_spec, count_spec),
         check_vma=False,
     )
     def local(x, indices, weights, gate_proj, up_proj, down_proj, layer):

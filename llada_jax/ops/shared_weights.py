@@ -59,17 +59,17 @@ def whole(
 def scattered_sum(
     gradient: Float[Array, "..."], axes: Sequence[str | None], rules: sharding.AxisRules
 ) -> Float[Array, "..."]:
-    """The sum over all ranks with rows of their own, laid out as `gradient_spec` says.
+    """The sum over all ranks with tokens of their own, laid out as `gradient_spec` says.
 
     Within `jax.shard_map`. One mesh axis after the other: a single scatter over several axes is
     compiled to an all-reduce for v5p.
 
     Args:
-      gradient: of a kernel that is whole along `embed`, from this rank's rows.
+      gradient: of a kernel that is whole along `embed`, from this rank's tokens.
       axes: logical axes of the kernel.
       rules: how the arrays are split over the mesh.
     """
-    summed = sharding.axis_names(rules.batch)
+    summed = rules.token_axes
     if _is_scattered(rules):
         for name in sharding.axis_names(rules.embed):
             gradient = jax.lax.psum_scatter(
@@ -80,21 +80,21 @@ def scattered_sum(
 
 
 def gradient_spec(axes: Sequence[str | None], rules: sharding.AxisRules) -> jax.P:
-    """The kernel's own partition, but whole along `embed` where sharing ranks see the same rows."""
+    """The kernel's own partition, but whole along `embed` where ranks that share it are alike."""
     names = axes if _is_scattered(rules) else (None if a == "embed" else a for a in axes)
     return rules.spec(*names)
 
 
 def _is_scattered(rules: sharding.AxisRules) -> bool:
-    """Whether ranks share parameters, and all that do have rows of their own."""
-    embed, batch = sharding.axis_names(rules.embed), sharding.axis_names(rules.batch)
-    return sharding.axis_size(rules.embed) > 1 and set(embed) <= set(batch)
+    """Whether ranks share parameters, and all that do have tokens of their own."""
+    embed = sharding.axis_names(rules.embed)
+    return sharding.axis_size(rules.embed) > 1 and set(embed) <= set(rules.token_axes)
 
 
 def _specs(axes, num_in, rules):
     """Partitions of the input and of the output."""
     names = [None if a == "embed" else a for a in axes]
-    return tuple(rules.spec("batch", None, *part) for part in (names[:num_in], names[num_in:]))
+    return tuple(rules.spec("batch", "length", *part) for part in (names[:num_in], names[num_in:]))
 
 
 def _contract(x, kernel, axes, num_in, rules, precision):
@@ -149,7 +149,7 @@ _product.defvjp(_product_forward, _product_backward)
 
 def _take_rows(table, tokens, rules):
     table = whole(table, ("vocab", "embed"), rules)
-    return table.at[tokens].get(out_sharding=rules.spec("batch", None, None))
+    return table.at[tokens].get(out_sharding=rules.spec("batch", "length", None))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -167,7 +167,7 @@ def _rows_backward(rules, residuals, d_rows):
 
     @functools.partial(
         jax.shard_map,
-        in_specs=(rules.spec("batch", None), rules.spec("batch", None, None)),
+        in_specs=(rules.spec("batch", "length"), rules.spec("batch", "length", None)),
         out_specs=rules.spec("vocab", "embed"),
         check_vma=False,
     )

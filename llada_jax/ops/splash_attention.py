@@ -82,6 +82,11 @@ def splash_attention(
     return _attention(query, key, value, tags, plan)
 
 
+def length_multiple(num_ranks: int) -> int:
+    """What a copy's length must be a multiple of, where its positions are split over ranks."""
+    return _LANES * context_parallel.num_folds(has_clean_half=False) * num_ranks
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Plan:
     layout: splash_mask.Layout

@@ -10,10 +10,14 @@ from llada_jax import config, sharding
 from llada_jax.ops import cross_entropy
 
 RULES = sharding.TRAIN_RULES
-MESHES = {
-    "1111": config.MeshConfig(),
-    "2122": config.MeshConfig(data=2, expert=2, tensor=2),
-    "1421": config.MeshConfig(fsdp=4, expert=2),
+CASES = {
+    "1111": (config.MeshConfig(), RULES),
+    "2122": (config.MeshConfig(data=2, expert=2, tensor=2), RULES),
+    "1421": (config.MeshConfig(fsdp=4, expert=2), RULES),
+    "2122, positions split": (
+        config.MeshConfig(data=2, expert=2, tensor=2),
+        sharding.LONG_RULES,
+    ),
 }
 BATCH, LENGTH, EMBED, VOCAB = 8, 22, 16, 48
 
@@ -37,19 +41,24 @@ def plain(hidden, kernel, targets):
     return nll, is_correct, -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 
 
-AXES = (("batch", None, None), ("vocab", "embed"), ("batch", None), (None, "batch", None))
+AXES = (
+    ("batch", "length", None),
+    ("vocab", "embed"),
+    ("batch", "length"),
+    (None, "batch", "length"),
+)
 
 
-def put(mesh, *arrays):
+def put(mesh, *arrays, rules=RULES):
     return [
-        jax.device_put(a, jax.NamedSharding(mesh, RULES.spec(*axes)))
+        jax.device_put(a, jax.NamedSharding(mesh, rules.spec(*axes)))
         for a, axes in zip(arrays, AXES, strict=False)
     ]
 
 
-@pytest.mark.parametrize("shape", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize(("shape", "rules"), CASES.values(), ids=CASES)
 @pytest.mark.parametrize("chunk", [1, 8, 11, 64])
-def test_values_and_gradients_equal_the_plain_ones(shape, chunk):
+def test_values_and_gradients_equal_the_plain_ones(shape, rules, chunk):
     hidden, kernel, targets, weights = inputs()
 
     def loss_of(nll, entropy, weights):
@@ -64,11 +73,11 @@ def test_values_and_gradients_equal_the_plain_ones(shape, chunk):
         wanted_gradients = jax.grad(plain_loss, argnums=(0, 1))(hidden, kernel)
         mesh = sharding.make_mesh(shape)
         with jax.set_mesh(mesh):
-            arrays = put(mesh, hidden, kernel, targets, weights)
+            arrays = put(mesh, hidden, kernel, targets, weights, rules=rules)
 
             def loss(hidden, kernel, targets, weights):
                 got = cross_entropy.token_statistics(
-                    hidden, kernel, targets, chunk_tokens=chunk, with_entropy=True, rules=RULES
+                    hidden, kernel, targets, chunk_tokens=chunk, with_entropy=True, rules=rules
                 )
                 return loss_of(got.nll, got.entropy, weights), got
 
@@ -80,7 +89,7 @@ def test_values_and_gradients_equal_the_plain_ones(shape, chunk):
     np.testing.assert_allclose(got.entropy, wanted[2], atol=1e-5)
     for array, wanted_gradient, axes in zip(gradients, wanted_gradients, AXES[:2], strict=True):
         np.testing.assert_allclose(array, wanted_gradient, atol=2e-5)
-        assert array.sharding.spec == RULES.spec(*axes)
+        assert array.sharding.spec == rules.spec(*axes)
 
 
 def test_without_entropy_only_the_likelihood_is_computed():

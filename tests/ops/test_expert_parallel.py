@@ -17,9 +17,11 @@ MESHES = {
     "1222": config.MeshConfig(fsdp=2, expert=2, tensor=2),
     "1421": config.MeshConfig(fsdp=4, expert=2),
 }
-# Tokens are alike along the expert axis, or split over it too.
+# Tokens are alike along the expert axis, or split over it too: by rows, or by positions.
 ALIKE = sharding.AxisRules()
 SPLIT = sharding.AxisRules(batch=("data", "fsdp", "expert"))
+LONG = sharding.AxisRules(length="expert")
+NAMES = {ALIKE: "alike", SPLIT: "split", LONG: "long"}
 BATCH, LENGTH, EMBED, INNER = 8, 16, 8, 4
 EXPERTS, CHOICES, GROUPS, TOP_GROUPS = 16, 6, 8, 4
 # No headroom: an uneven load takes several rounds and windows.
@@ -32,8 +34,8 @@ TIGHT = expert_parallel.Dispatch(
     min_rows=8,
 )
 AXES = {
-    "x": ("batch", None, None),
-    "weights": ("batch", None, None),
+    "x": ("batch", "length", None),
+    "weights": ("batch", "length", None),
     "gate": ("expert", "embed", "mlp"),
     "up": ("expert", "embed", "mlp"),
     "down": ("expert", "mlp", "embed"),
@@ -124,13 +126,14 @@ CASES = [
     *(("replicated", mesh, ALIKE) for mesh in MESHES),
     *((name, mesh, SPLIT) for name in expert_parallel.ALGORITHMS[1:4] for mesh in MESHES),
     *((name, "1181", ALIKE) for name in expert_parallel.ALGORITHMS[1:4]),
+    *((name, "2141", LONG) for name in expert_parallel.ALGORITHMS[1:4]),
 ]
 
 
 @pytest.mark.parametrize(
     ("algorithm", "mesh", "rules"),
     CASES,
-    ids=[f"{name}-{mesh}-{'split' if rules is SPLIT else 'alike'}" for name, mesh, rules in CASES],
+    ids=[f"{name}-{mesh}-{NAMES[rules]}" for name, mesh, rules in CASES],
 )
 def test_outputs_and_gradients_equal_a_loop_over_experts(algorithm, mesh, rules):
     dispatch = dataclasses.replace(TIGHT, algorithm=algorithm)
@@ -219,7 +222,7 @@ def test_mean_and_most_ranks_of_a_token_are_those_of_random_choices(num_ranks):
 
 def test_tokens_split_over_the_experts_axis_cannot_be_taken_for_replicated():
     dispatch = dataclasses.replace(TIGHT, algorithm="replicated")
-    with pytest.raises(ValueError, match="split the batch"):
+    with pytest.raises(ValueError, match="split them over"):
         loss_and_gradients("1181", SPLIT, dispatch)
 
 

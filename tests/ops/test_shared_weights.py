@@ -16,9 +16,11 @@ MESHES = {
     "1222": config.MeshConfig(fsdp=2, expert=2, tensor=2),
 }
 RULES = sharding.TRAIN_RULES
+# Ranks of `expert` share parameters and have positions of their own in the same rows.
+LONG = sharding.LONG_RULES
 # Ranks of `expert` share parameters and see the same rows.
 ALIKE = sharding.AxisRules(embed=("fsdp", "expert"))
-BATCH, LENGTH, EMBED, HEADS, SIZE, VOCAB = 8, 4, 16, 4, 6, 24
+BATCH, LENGTH, EMBED, HEADS, SIZE, VOCAB = 8, 8, 16, 4, 6, 24
 KERNELS = {
     "into_heads": (("embed", "heads", "head_dim"), (EMBED, HEADS, SIZE), 1),
     "out_of_heads": (("heads", "head_dim", "embed"), (HEADS, SIZE, EMBED), 2),
@@ -74,14 +76,14 @@ def compiled(kind, mesh, rules):
 
     into, out_of = (names[:num_in], names[num_in:]) if num_in else ((), (None,))
     arguments = (
-        put(x, "batch", None, *into),
+        put(x, "batch", "length", *into),
         put(kernel, *axes),
-        put(d_out, "batch", None, *out_of),
+        put(d_out, "batch", "length", *out_of),
     )
     return jax.jit(both).lower(*arguments).compile(), arguments, rules.spec(*axes)
 
 
-@pytest.mark.parametrize("rules", [RULES, ALIKE], ids=["split", "alike"])
+@pytest.mark.parametrize("rules", [RULES, ALIKE, LONG], ids=["split", "alike", "long"])
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("kind", [*KERNELS, "table"])
 def test_values_and_gradients_are_the_plain_ones(kind, mesh, rules):
@@ -100,11 +102,12 @@ def test_values_and_gradients_are_the_plain_ones(kind, mesh, rules):
         np.testing.assert_allclose(d_x, np.tensordot(d_out, kernel, over), atol=1e-5)
 
 
+@pytest.mark.parametrize("rules", [RULES, LONG], ids=["split", "long"])
 @pytest.mark.parametrize("kind", [*KERNELS, "table"])
-def test_gradients_are_scattered_and_never_summed_whole(kind):
+def test_gradients_are_scattered_and_never_summed_whole(kind, rules):
     mesh = sharding.make_mesh(MESHES["2221"])
     with jax.set_mesh(mesh):
-        program, _, _ = compiled(kind, mesh, RULES)
+        program, _, _ = compiled(kind, mesh, rules)
     text = program.as_text()
     assert len(re.findall(r" reduce-scatter\(", text)) == 2  # along fsdp, along expert
     size = int(np.prod(arrays_of(kind)[2].shape))
