@@ -19,6 +19,7 @@ from jax import P
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from llada_jax import sharding
+from llada_jax.ops import context_parallel
 
 # Purposes that a row's key is folded with; a purpose's number never changes.
 _LEVEL, _CORRUPTION, _COPY = range(3)
@@ -310,6 +311,7 @@ def embedding_offset(
     table: Float[Array, "V D"],
     *,
     scale: Float[Array, ""],
+    has_clean_half: bool,
     rules: sharding.AxisRules,
 ) -> Float[Array, "R T D"]:
     """Gaussian noise for the embeddings of masked positions (R0, section 7.1).
@@ -320,14 +322,19 @@ def embedding_offset(
 
     Args:
       row_keys: see `Corruption`.
-      is_masked: where the noise goes.
+      is_masked: where the noise goes, in rows of natural order.
       table: the token embeddings.
       scale: standard deviation, in units of the mean RMS of the table's rows.
-      rules: how rows are split over the mesh.
+      has_clean_half: whether a row is [x_t ; x_0].
+      rules: how rows and their positions are split over the mesh.
+
+    Returns:
+      The noise, whose positions are folded as in `folding` where ranks share rows.
     """
     squares = jnp.square(jax.lax.stop_gradient(table).astype(jnp.float32))
     deviation = scale * jnp.mean(jnp.sqrt(jnp.mean(squares, axis=-1)))
-    width = table.shape[-1]
+    width, axis = table.shape[-1], rules.length
+    folds = context_parallel.num_folds(has_clean_half=has_clean_half)
 
     def local(keys: Array, is_masked: Array, deviation: Array) -> Array:
         def one(data: Array, is_masked: Array) -> Array:
@@ -336,12 +343,15 @@ def embedding_offset(
             )
             return jnp.where(is_masked[:, None], deviation * drawn, 0.0).astype(table.dtype)
 
-        return jax.vmap(one)(keys, is_masked)
+        offset = jax.vmap(one)(keys, is_masked)
+        # A row's noise is drawn whole, so that a position's depends on no mesh.
+        return offset if axis is None else context_parallel.own_part(offset, axis, folds)
 
     rows = rules.spec("batch")
-    return jax.shard_map(local, in_specs=(rows, rows, P()), out_specs=rows, check_vma=False)(
-        row_keys, is_masked, jax.reshard(deviation, P())
+    by_rows = jax.shard_map(
+        local, in_specs=(rows, rows, P()), out_specs=rules.spec("batch", "length"), check_vma=False
     )
+    return by_rows(row_keys, is_masked, jax.reshard(deviation, P()))
 
 
 def _by_rows(

@@ -14,17 +14,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx, struct
+from jax import P
 from jaxtyping import Array, Bool, Float, Int
 
-from llada_jax import sharding
-from llada_jax.diffusion import noise, objective
+from llada_jax.diffusion import folding, noise, objective
 from llada_jax.model import transformer
 from llada_jax.ops import cross_entropy
 from llada_jax.train import optimizer as optimizer_lib
 from llada_jax.train import options
 from llada_jax.train import state as state_lib
 
-RULES = sharding.TRAIN_RULES
 # Weight of a new loss in the running mean that jumps are measured against.
 _AVERAGE_RATE = 0.05
 
@@ -102,17 +101,18 @@ def part_terms(
 
     Args:
       model: the model.
-      part: rows of the noised batch.
+      part: rows of the noised batch, in natural order.
       opts: terms of the loss.
-      offset: added to the embeddings.
+      offset: added to the embeddings; folded as the model's rules ask for.
     """
+    part = folding.fold(part, model.rules)
     hidden, _, intermediates = model.hidden_states(
         part.tokens, positions=part.positions, mask=part.tags, embed_offset=offset
     )
     with jax.named_scope("loss"):
         head = model.embed if model.lm_head is None else model.lm_head
         stats = cross_entropy.token_statistics(
-            hidden[:, : part.targets.shape[1]],
+            folding.first_copy(hidden, part.targets.shape[1], model.rules),
             head.kernel[...],
             part.targets,
             chunk_tokens=opts.chunk_tokens,
@@ -144,9 +144,9 @@ def split_rows(noised: objective.Noised, parts: int) -> objective.Noised:
     def one(x: Array) -> Array:
         if x.ndim == 0:
             return x
-        axes = ("batch", None, *(None,) * (x.ndim - 1))
+        by_rows = P(jax.typeof(x).sharding.spec[0])
         rows = x.shape[0] // parts
-        shaped = jnp.reshape(x, (rows, parts, *x.shape[1:]), out_sharding=RULES.spec(*axes))
+        shaped = jnp.reshape(x, (rows, parts, *x.shape[1:]), out_sharding=by_rows)
         return jnp.swapaxes(shaped, 0, 1)
 
     return jax.tree.map(one, noised)
@@ -279,6 +279,7 @@ def train_step(
             part.is_masked,
             model.embed.kernel[...],
             scale=inputs.embedding_noise,
+            has_clean_half=part.tokens.shape[1] > part.targets.shape[1],
             rules=model.rules,
         )
 

@@ -36,11 +36,11 @@ def packed(layouts, length, *, num_prompt=0, first_id=0, seed=0, vocab_size=40):
     )
 
 
-def put(batch, mesh):
+def put(batch, mesh, rules=RULES):
     """The rows on a mesh."""
 
     def one(x):
-        spec = RULES.spec("batch", *(None,) * (x.ndim - 1))
+        spec = rules.spec("batch", *(None,) * (x.ndim - 1))
         return jax.device_put(x, jax.NamedSharding(mesh, spec))
 
     return jax.tree.map(one, batch)

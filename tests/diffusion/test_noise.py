@@ -233,6 +233,7 @@ def test_embedding_offset_has_the_size_asked_for_where_masked():
                     noised.is_masked,
                     table,
                     scale=jnp.float32(0.5),
+                    has_clean_half=True,
                     rules=rows.RULES,
                 )
                 return out.sum(), (out, noised.is_masked)
