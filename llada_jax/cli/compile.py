@@ -74,7 +74,7 @@ def plan(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
     where = hardware.find_slice(args.topology)
     if args.program == _TRAIN_STEP:
         cfg = train_config(args, overrides)
-        sharding.check_fits(cfg.mesh, architecture.model_config(cfg.model), sharding.TRAIN_RULES)
+        sharding.check_fits(cfg.mesh, architecture.model_config(cfg.model), cfg.compute.rules)
         mesh = hardware.make_mesh(where, cfg.mesh)
         program = training.training_program(cfg, mesh, phase=args.phase)
     else:
@@ -204,7 +204,7 @@ def _sweep(args: argparse.Namespace, overrides: Sequence[str], where: hardware.S
     if args.program == _TRAIN_STEP:
         cfg = train_config(args, overrides)
         model_cfg, batch = architecture.model_config(cfg.model), cfg.batch_size
-        rules = sharding.TRAIN_RULES
+        rules = cfg.compute.rules
     else:
         model_cfg, batch = model_config(args, overrides), args.batch or 16
         rules = sharding.serve_rules(splits_rows=args.dispatch not in (None, "replicated"))
@@ -247,7 +247,8 @@ def _what_to_change(program: str) -> str:
     if program == _TRAIN_STEP:
         return (
             "to fit: --config.compute.remat=full, a larger --config.accumulation, more chips along "
-            "fsdp or expert, shorter rows (--config.data.packing.row_length) or a larger --topology"
+            "fsdp or expert, shorter rows (--config.data.packing.row_length) or rows that chips "
+            "share (--config.compute.context_parallel=True), or a larger --topology"
         )
     return (
         "to fit: a smaller --batch or --cache-tokens, more chips along expert or tensor (--mesh), "

@@ -107,6 +107,7 @@ def for_training(
     dispatch: str | None = None,
     attention: str | None = None,
     remat: str = "full",
+    interprets_kernels: bool = False,
 ) -> Formulation:
     """How a model is trained on a backend; see `for_sampling`."""
     return Formulation(
@@ -115,4 +116,5 @@ def for_training(
         attention=attention or ("splash" if platform == "tpu" else "tiles"),
         remat=remat,
         slices_experts=True,
+        interprets_kernels=interprets_kernels,
     )

@@ -85,7 +85,8 @@ def training_program(
         * flops.allowed_pairs(np.full(cfg.batch_size, length), block, has_clean_half=has_clean),
     )
     device_rows = rows_sharding.shard_shape(shape)[0] / cfg.accumulation
-    device_tokens = device_rows * copies * (2 if has_clean else 1) * length
+    device_length = length / sharding.num_shards(model.rules.length, mesh.shape)
+    device_tokens = device_rows * copies * (2 if has_clean else 1) * device_length
     expected: dict[str, float] = {"gradients": program_lib.device_bytes(state.params)}
     saved = traffic.saved_activations(model_cfg, cfg.compute, device_tokens)
     if saved is not None:
@@ -114,6 +115,7 @@ def training_program(
             "attention": model.formulation.attention,
             "grouped_matmul": model.formulation.grouped_matmul,
             "dispatch": model.formulation.dispatch,
+            "context_parallel": cfg.compute.context_parallel,
             "dtype": cfg.compute.dtype,
         },
         argument_bytes={

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 
-from llada_jax import checkpoint, config, sharding
+from llada_jax import checkpoint, config
 from llada_jax.data import tokenizer as tokenizers
 from llada_jax.model import transformer
 from llada_jax.train import options
@@ -72,6 +72,6 @@ def abstract_model(
     """The model's tree, float32 as it is trained; the default formulation is the platform's."""
     return transformer.abstract_model(
         cfg.replace(dtype="float32"),
-        sharding.TRAIN_RULES,
+        opts.rules,
         opts.formulation(platform),
     )

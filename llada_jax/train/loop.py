@@ -104,19 +104,16 @@ class _Run:
         self.workdir: storage.Folder = workdir
         self.mesh, self.sampler = mesh, sampler
         self.model_cfg, tokenizer = architecture.with_tokenizer(cfg.model)
-        sharding.check_fits(cfg.mesh, self.model_cfg, sharding.TRAIN_RULES)
+        sharding.check_fits(cfg.mesh, self.model_cfg, cfg.compute.rules)
         self.tokenizer_folder = architecture.tokenizer_folder(cfg.model)
         self.goals = {
             phase: goals.goal_of(phase, cfg.noise, self.model_cfg, tokenizer)
             for phase in cfg.phases
         }
-        abstract = architecture.abstract_model(
-            self.model_cfg, cfg.compute, platform=mesh.devices.flat[0].platform
-        )
-        self.graph = state_lib.split_model(abstract)[0]
+        self.graph = self._graph(cfg.compute)
         self.optimizer = optimizer.make_optimizer(cfg.optimizer, cfg.router)
         self.compiled: Any = step_lib.jit_step(cfg, self.graph, self.optimizer)
-        self.row_sharding = jax.sharding.NamedSharding(mesh, sharding.TRAIN_RULES.spec("batch"))
+        self.row_sharding = jax.sharding.NamedSharding(mesh, cfg.compute.rules.spec("batch"))
         self.own_rows = processes.own_rows(self.row_sharding, cfg.batch_size)
         self.data = self._iterator(cfg.data)
         self.evaluator = None
@@ -131,6 +128,11 @@ class _Run:
                 dtype=cfg.compute.dtype,
                 loss=cfg.loss,
             )
+
+    def _graph(self, compute: options.ComputeOptions) -> Any:
+        platform = self.mesh.devices.flat[0].platform
+        model = architecture.abstract_model(self.model_cfg, compute, platform=platform)
+        return state_lib.split_model(model)[0]
 
     def train(self, is_asked_to_end: Callable[[], bool]) -> Outcome:
         cfg = self.cfg
@@ -228,7 +230,7 @@ class _Run:
             load = import_hf.load_hf_model
             if checkpoint.is_model_directory(source):
                 load = checkpoint.load_model
-            model = load(source, rules=sharding.TRAIN_RULES, dtype="float32")
+            model = load(source, rules=self.cfg.compute.rules, dtype="float32")
             state = state_lib.state_from_model(model, self.optimizer)
         return state, metrics.Clock()
 
@@ -370,6 +372,8 @@ class _Run:
             for name, value in found.items():
                 logging.info("step %d  %s %.4f", step, name, value)
         if self.sampler is not None:
-            model = nnx.merge(self.graph, state.params, state.rest)
+            # A cache holds whole rows, so samples do too; parameters lie alike either way.
+            whole = dataclasses.replace(self.cfg.compute, context_parallel=False)
+            model = nnx.merge(self._graph(whole), state.params, state.rest)
             found |= self.sampler(model, step)
         return found

@@ -13,6 +13,7 @@ import dacite
 
 from llada_jax import config, sharding
 from llada_jax.model import formulation
+from llada_jax.ops import splash_attention
 from llada_jax.train import schedule
 
 OBJECTIVES = ("block_diffusion", "masked_diffusion", "autoregressive", "autoregressive_same")
@@ -161,6 +162,10 @@ class ComputeOptions:
       grouped_matmul: see `ops.grouped_matmul`.
       dispatch: how tokens reach their experts, see `ops.expert_parallel`.
       remat: what the backward pass computes again: "none", "dots" or "full".
+      context_parallel: whether the ranks of `expert` share rows, each with a part of a row's
+        positions, instead of having rows of their own; for rows whose activations one chip has no
+        room for. Needs splash attention, which is then the default and is emulated, slowly, where
+        there is no TPU; and rows of a multiple of 256 tokens per rank.
     """
 
     dtype: str = "bfloat16"
@@ -168,10 +173,16 @@ class ComputeOptions:
     grouped_matmul: str | None = None
     dispatch: str | None = None
     remat: str = "full"
+    context_parallel: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in config.DTYPES:
             raise ValueError(f"compute.dtype: {self.dtype!r} is not one of {config.DTYPES}")
+        if self.context_parallel and self.attention not in (None, "splash"):
+            raise ValueError(
+                f"compute.attention: {self.attention!r} has whole rows on every rank, which "
+                "contradicts compute.context_parallel; choose 'splash' or leave it out"
+            )
         try:
             self.formulation("cpu")
         except ValueError as error:
@@ -183,9 +194,15 @@ class ComputeOptions:
             platform,
             grouped_matmul=self.grouped_matmul,
             dispatch=self.dispatch,
-            attention=self.attention,
+            attention="splash" if self.context_parallel else self.attention,
             remat=self.remat,
+            interprets_kernels=self.context_parallel and platform != "tpu",
         )
+
+    @property
+    def rules(self) -> sharding.AxisRules:
+        """How the step is split over the mesh."""
+        return sharding.train_rules(splits_positions=self.context_parallel)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -309,19 +326,33 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.phases:
             raise ValueError("phases: none given; a run needs at least one")
-        row_axes = sharding.axis_names(sharding.TRAIN_RULES.batch)
+        row_axes = sharding.axis_names(self.compute.rules.batch)
         rows = sharding.num_shards(row_axes, dataclasses.asdict(self.mesh)) * self.accumulation
         if self.batch_size < 1 or self.batch_size % rows:
             raise ValueError(
                 f"batch_size: {self.batch_size} is not divisible by {rows}, the product of mesh "
                 f"axes {', '.join(row_axes)} of {self.mesh} and accumulation {self.accumulation}"
             )
+        if self.compute.context_parallel:
+            self._check_row_lengths()
         profiled = self.log.profile_first_step
         if profiled is not None and not 0 <= profiled < self.num_steps:
             raise ValueError(
                 f"log.profile_first_step: {profiled} is no step of the run, which has "
                 f"0 to {self.num_steps - 1}"
             )
+
+    def _check_row_lengths(self) -> None:
+        num_ranks = sharding.num_shards(self.compute.rules.length, dataclasses.asdict(self.mesh))
+        multiple = splash_attention.length_multiple(num_ranks)
+        for name, data in (("data", self.data), ("eval.data", self.eval.data)):
+            if data is not None and data.packing.row_length % multiple:
+                raise ValueError(
+                    f"{name}.packing.row_length: {data.packing.row_length} is no multiple of "
+                    f"{multiple}, as compute.context_parallel needs it to split rows over the "
+                    f"{num_ranks} ranks of mesh axis {self.compute.rules.length!r}; change the "
+                    "row's length or the mesh"
+                )
 
     @property
     def num_steps(self) -> int:

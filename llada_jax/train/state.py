@@ -54,7 +54,10 @@ def new_state(params: Any, rest: Any, optimizer: optax.GradientTransformation) -
 def fresh_state(
     cfg: config.ModelConfig, seed: int, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """A state with weights drawn from a seed, laid out for training on the current mesh."""
+    """A state with weights drawn from a seed, laid out for training on the current mesh.
+
+    All rules of training lay parameters out alike.
+    """
 
     def build() -> TrainState:
         model = transformer.LLaDA2(

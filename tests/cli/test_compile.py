@@ -9,6 +9,8 @@ from llada_jax.cli import compile as compile_cli
 
 SMALL = ["--cache-tokens", "128", "--chunk-tokens", "64", "--batch", "4"]
 
+LONG_ROWS = "--config.compute.context_parallel=True"
+
 CONFIG = """
 from ml_collections import ConfigDict
 
@@ -92,6 +94,10 @@ def test_a_run_is_planned_with_its_overrides(capsys, run_file):
         (["RUN", "--topology", "cpu:8"], "no/such/place is not here"),
         (["RUN", "--topology", "cpu:8", "--model", "tiny", "--mesh", "1,1,1,8"], "divisible"),
         (["RUN", "--topology", "cpu:8", "--model", "tiny", "--phase", "x"], "'x' is not one of"),
+        (
+            [*("RUN", "--topology", "cpu:8", "--model", "tiny"), LONG_ROWS],
+            "data.packing.row_length: 64 is no multiple of 512",
+        ),
         (["no.py", "--topology", "cpu:8", "--model", "tiny"], "no.py"),
     ],
 )

@@ -1,15 +1,19 @@
 """A small training step compiles for a TPU slice, and its text can be read."""
 
+import math
+import re
+
 import pytest
 
 from llada_jax import config
-from llada_jax.plan import compiled, hardware, report, training
+from llada_jax.plan import collectives, compiled, hardware, report, training
 from llada_jax.train import options, schedule
 
 pytestmark = [pytest.mark.tpu_compile, pytest.mark.timeout(900)]
 
 
-def test_the_state_is_donated_and_every_axis_is_known():
+def planned(row_length, **changes):
+    """Traces and compiles; returns the program, the result, the whole report and the mesh."""
     phase = options.Phase(
         name="blocks",
         objective="block_diffusion",
@@ -18,23 +22,31 @@ def test_the_state_is_donated_and_every_axis_is_known():
         learning_rate=schedule.LearningRate(peak=1e-3, kind="constant"),
     )
     cfg = options.TrainConfig(
-        batch_size=8,
         phases=(phase,),
         model=options.ModelOptions(preset="tiny", overrides={"head_dim": 128}),
         data=config.DataConfig(
             sources=(config.SourceConfig(path="nowhere"),),
-            packing=config.PackingConfig(row_length=512),
+            packing=config.PackingConfig(row_length=row_length),
         ),
         mesh=config.MeshConfig(fsdp=2, expert=4),
+        **changes,
     )
     where = hardware.find_slice("v5p:2x2x2")
     mesh = hardware.make_mesh(where, cfg.mesh)
     program = training.training_program(cfg, mesh)
     result = compiled.compile_lowered(program.lowered, {})
-    figures = report.report(program, result, where, mesh)
-    assert figures["hbm"]["fits"]
+    return program, result, report.report(program, result, where, mesh), mesh
+
+
+def assert_state_is_donated(program, figures):
     kept = ("parameters", "optimizer", "routers' biases")
     assert figures["hbm"]["aliased_bytes"] >= sum(program.argument_bytes[name] for name in kept)
+
+
+def test_the_state_is_donated_and_every_axis_is_known():
+    program, _, figures, _ = planned(512, batch_size=8)
+    assert figures["hbm"]["fits"]
+    assert_state_is_donated(program, figures)
     axes = {row["axes"] for row in figures["collectives"]}
     assert axes
     assert "?" not in axes
@@ -48,3 +60,26 @@ def test_the_state_is_donated_and_every_axis_is_known():
     scattered = [row for row in figures["collectives"] if row["kind"] == "reduce-scatter"]
     assert sum(row["count"] for row in scattered) >= 16
     assert figures["program_text"]["estimated_cycles_by_the_compiler"]["cheapest_branches"] > 0
+
+
+def test_of_rows_that_ranks_share_only_keys_and_values_are_gathered():
+    row_length, num_layers = 3072, config.ModelConfig.preset("tiny").num_hidden_layers
+    program, result, figures, mesh = planned(
+        row_length, batch_size=4, compute=options.ComputeOptions(context_parallel=True)
+    )
+    assert_state_is_donated(program, figures)
+    assert result.module is not None
+    found = collectives.collectives(result.module, dict(mesh.shape))
+    assert "?" not in {c.axes for c in found}
+    hidden_size, keys = config.ModelConfig.preset("tiny").hidden_size, 0
+    for c in found:
+        shapes = [[int(n) for n in s.split(",") if n] for s in re.findall(r"\[([\d,]*)\]", c.shape)]
+        for shape in shapes:
+            # Tokens on their way to experts have buffers of fewer rows than a row has positions.
+            is_hidden = hidden_size in shape and math.prod(shape) >= 2 * row_length * hidden_size
+            assert not is_hidden, c
+        if c.kind == "all-gather" and c.axes == "expert":
+            assert "attention/shard_map" in c.op_name
+            keys += c.count * (len(shapes[0]) > 4)  # else tags, which have no heads
+    # Forward, and again backward, but for a stack of one layer, which is no loop.
+    assert 2 * num_layers <= keys <= 2 * 2 * num_layers

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from llada_jax import config, sharding
 from llada_jax.train import architecture, goals, loop, options
 from tests.train import runs
 
@@ -33,11 +34,49 @@ def test_phases_and_rates_follow_the_steps():
         ({"compute": {"dtype": "float8"}}, "compute.dtype"),
         ({"bad_step": {"action": "ignore"}}, "bad_step.action"),
         ({"seed": "one"}, "seed"),
+        (
+            {"compute": {"context_parallel": True, "attention": "tiles"}},
+            "compute.attention: 'tiles' .* contradicts compute.context_parallel",
+        ),
+        (
+            {"compute": {"context_parallel": True}, "mesh": {"expert": 4}},
+            r"^data\.packing\.row_length: 32 is no multiple of 1024.* 4 ranks of mesh axis",
+        ),
     ],
 )
 def test_bad_configurations_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         build(**changes)
+
+
+def long_rows(row_length, **changes):
+    cfg = build()
+    packing = dataclasses.replace(cfg.data.packing, row_length=row_length)
+    data = dataclasses.replace(cfg.data, packing=packing)
+    compute = options.ComputeOptions(context_parallel=True)
+    mesh = config.MeshConfig(fsdp=2, expert=4)
+    return dataclasses.replace(cfg, **({"data": data, "compute": compute, "mesh": mesh} | changes))
+
+
+def test_ranks_that_share_rows_need_fewer_of_them():
+    assert long_rows(1024, batch_size=2).compute.rules == sharding.LONG_RULES
+    with pytest.raises(ValueError, match="batch_size: 8 is not divisible by 16"):
+        long_rows(1024, mesh=config.MeshConfig(data=4, fsdp=4))
+    with pytest.raises(ValueError, match="not divisible by 8"):
+        long_rows(1024, batch_size=2, compute=options.ComputeOptions())
+
+
+def test_held_out_rows_are_split_like_the_others():
+    heldout = options.EvalOptions(data=build().data)
+    with pytest.raises(ValueError, match=r"^eval\.data\.packing\.row_length: 32 is no multiple"):
+        long_rows(1024, eval=heldout)
+
+
+def test_splash_attention_is_taken_for_split_rows_and_emulated_without_a_tpu():
+    compute = options.ComputeOptions(context_parallel=True)
+    found = {name: compute.formulation(name) for name in ("cpu", "tpu")}
+    assert {name: f.attention for name, f in found.items()} == {"cpu": "splash", "tpu": "splash"}
+    assert {name: f.interprets_kernels for name, f in found.items()} == {"cpu": True, "tpu": False}
 
 
 def test_noise_options_go_to_every_objective():

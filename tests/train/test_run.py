@@ -12,7 +12,7 @@ import pytest
 
 from llada_convert import export_hf
 from llada_jax import checkpoint, config, generate
-from llada_jax.train import checkpoints, flops, loop, metrics, options, profiling
+from llada_jax.train import checkpoints, flops, loop, metrics, options, profiling, schedule
 from tests.convert.conftest import read_tensors
 from tests.train import event_files, kill_many, runs
 
@@ -172,6 +172,46 @@ def test_a_bad_step_is_reported_with_its_rows_and_stops_the_run(data, tmp_path):
     assert len(list((tmp_path / "run" / profiling.FOLDER).rglob("*.xplane.pb"))) == 1
     with pytest.raises(RuntimeError, match="No profile started"):
         jax.profiler.stop_trace()
+
+
+@pytest.mark.slow
+def test_a_run_whose_ranks_share_rows_goes_on_with_whole_rows_and_measures_the_same(data, tmp_path):
+    def sample(model, step):
+        prompt = np.arange(3, 9)
+        (answer,) = generate.Generator(model, jax.sharding.get_mesh()).generate(
+            [prompt], gen_length=8, block_length=8
+        )
+        return {"samples/tokens": [int(token) for token in answer.token_ids]}
+
+    cfg = configuration(data, batch_size=4, router={"bias_update_rate": 0.0})
+    packing = dataclasses.replace(cfg.data.packing, row_length=512)
+    evaluation = dataclasses.replace(
+        cfg.eval,
+        data=dataclasses.replace(cfg.eval.data, packing=packing),
+        block_lengths=(8,),
+        every_steps=1,
+    )
+    cfg = dataclasses.replace(
+        cfg, data=dataclasses.replace(cfg.data, packing=packing), eval=evaluation
+    )
+
+    def steps(num_steps, **changes):
+        # At a rate of 0 every step leaves the same model.
+        rate = schedule.LearningRate(peak=0.0, kind="constant")
+        phase = dataclasses.replace(cfg.phases[0], steps=num_steps, learning_rate=rate)
+        told = dataclasses.replace(cfg, phases=(phase,), **changes)
+        return loop.run(told, tmp_path / "run", sampler=sample)
+
+    compute = dataclasses.replace(cfg.compute, context_parallel=True)
+    mesh = config.MeshConfig(data=2, expert=2)
+    assert steps(1, compute=compute, mesh=mesh, accumulation=2).step == 1
+    assert steps(2).step == 2
+    lines = metrics.read_metrics(tmp_path / "run")
+    trained = [line for line in lines if "train/loss" in line]
+    assert [line["router/dropped"] for line in trained] == [0, 0]
+    first, second = (line for line in lines if "eval/bound_8" in line)
+    assert first["eval/bound_8"] == pytest.approx(second["eval/bound_8"], rel=1e-6)
+    assert first["samples/tokens"] == second["samples/tokens"]
 
 
 @pytest.mark.slow
