@@ -60,7 +60,7 @@ SFT: dict[str, dict[str, dict[str, Any]]] = {
     "small": {},
     "pairs": {"noise": {"is_complementary": True}},
 }
-SFT_STEPS, FAST_SFT_STEPS = 750, 120
+SFT_STEPS, FAST_SFT_STEPS = 400, 120
 PARENTS = {
     **dict.fromkeys(("A", "B", "C"), "ar"),
     "long": "C",
