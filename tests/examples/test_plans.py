@@ -1,0 +1,148 @@
+"""The page of plans: what is compiled for it, and how a report becomes a line."""
+
+import dataclasses
+import json
+import pathlib
+import types
+
+import pytest
+
+from examples.plans import choices, run
+from llada_jax import config, sharding
+from llada_jax.cli import compile as compile_cli
+from llada_jax.plan import hardware
+
+ROOT = pathlib.Path(__file__).parents[2]
+PLANS = {plan.name: plan for plan in choices.plans()}
+
+
+def arguments(plan):
+    words = [word for word in plan.words if not word.startswith("--config.")]
+    return compile_cli.parser().parse_args(words)
+
+
+def test_names_are_unique():
+    assert len(PLANS) == len(choices.plans())
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_plan_can_be_compiled(name):
+    plan, args = PLANS[name], arguments(PLANS[name])
+    mesh = config.MeshConfig.parse(args.mesh)
+    chip, _, sizes = args.topology.partition(":")
+    chips = 1
+    for size in sizes.split("x"):
+        chips *= int(size)
+    assert chip in {known.generation for known in hardware.CHIPS}
+    assert mesh.num_devices == chips
+    is_long = "--config.compute.context_parallel=True" in plan.words
+    rules = sharding.train_rules(splits_positions=is_long)
+    model = config.ModelConfig.preset(args.model or args.config)
+    if not plan.trains:
+        rules = sharding.serve_rules(splits_rows=args.dispatch != "replicated")
+    sharding.check_fits(mesh, model, rules)
+    assert args.batch % sharding.num_shards(rules.batch, dataclasses.asdict(mesh)) == 0
+    if plan.trains:
+        changes = [word for word in plan.words if word.startswith("--config.")]
+        args.config = str(ROOT / args.config)
+        cfg = compile_cli.train_config(args, changes)
+        assert args.phase in {phase.name for phase in cfg.phases}
+        # A row per chip, or for the chips that share one.
+        rows = sharding.num_shards(cfg.compute.rules.batch, dataclasses.asdict(mesh))
+        assert cfg.batch_size == rows
+        assert rows == (chips // mesh.expert if cfg.compute.context_parallel else chips)
+
+
+def report(*, fits=True, **hbm):
+    gib = run.GIB
+    sizes = {"parameters": 2 * gib, "optimizer": 4 * gib, "cache": gib}
+    row = {
+        "kind": "all-to-all",
+        "axes": "expert",
+        "in_a_branch": False,
+        "in_loops_of_unknown_length": [],
+        "sent_bytes": 2048 * run.MIB,
+        "largest": [{"what": "a"}, {"what": "b"}],
+    }
+    limit = 32 * gib if fits else 16 * gib
+    memory = {"fits": fits, "peak_bytes": 20 * gib, "limit_bytes": limit}
+    parts = dict(zip((*run.KNOWN, "all else"), (2 * gib, gib, 1.5 * gib, 2 * gib), strict=True))
+    if fits:
+        memory |= {"temporary_bytes": 6.5 * gib, "temporary_parts_bytes": parts}
+        memory["peak_over_known_parts"] = 1.25
+    return {
+        **dict.fromkeys(run.KEPT),
+        "hbm": memory | {"argument_parts_bytes": sizes} | hbm,
+        "collectives": [row, row | {"in_a_branch": True}, row | {"kind": "tiny", "sent_bytes": 9}],
+        "roofline": {"bound_seconds": 0.0125, "bound_by": "HBM"},
+        "text": "not kept",
+    }
+
+
+def test_a_report_becomes_a_line():
+    last = ["20.00 of 32.00", "all-to-all expert 2,048", "12.5, HBM"]
+    assert run.row(PLANS["mini_v5e_denoise_4k"], report()) == [
+        "mini, denoising, cache of 4k",
+        "v5e:2x4, 1,1,8,1, 16",
+        "2.00 + 1.00",
+        "6.50",
+        *last,
+    ]
+    assert run.row(PLANS["flash_v5p_block_8k"], report()) == [
+        "flash, block diffusion, 8k",
+        "v5p:4x4x8, 1,8,16,1, 128",
+        "6.00",
+        "2.00 + 1.00 + 1.50",
+        "2.00",
+        "20.00 of 32.00; 1.25 of the parts",
+        *last[1:],
+    ]
+
+
+@pytest.mark.parametrize("name", ["mini_v5e_denoise_4k", "flash_v5p_block_8k"])
+def test_what_does_not_fit_is_told(name):
+    plan = PLANS[name]
+    header = run.TRAINING_HEADER if plan.trains else run.SAMPLING_HEADER
+    line = run.row(plan, report(fits=False))
+    assert "**does not fit**: 20.00 of 16.00" in line
+    refused = run.row(plan, {"error": "error: the compiler failed"})
+    assert "error: the compiler failed" in refused
+    assert len(line) == len(refused) == len(header)
+
+
+def test_what_is_compiled_is_kept_and_the_page_follows(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def compiler(command, **_):
+        calls.append(command)
+        pathlib.Path(command[-1]).write_text(json.dumps(report()))
+        return types.SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(run.subprocess, "run", compiler)
+    out = ["--out", str(tmp_path / "plans")]
+    run.main([*out, "--only", "flash_v5p_block_8k"])
+    run.main([*out, "--only", "flash_v5p_block_8k", "mini_v5e_denoise_4k"])
+    assert [command[3] for command in calls] == ["configs/flash_cpt_v5p.py", "mini"]
+    kept = json.loads((tmp_path / "plans.json").read_text())
+    assert list(kept) == ["mini_v5e_denoise_4k", "flash_v5p_block_8k"]
+    assert "text" not in kept["flash_v5p_block_8k"]
+    page = (tmp_path / "plans.md").read_text()
+    assert "| flash, block diffusion, 8k | v5p:4x4x8, 1,8,16,1, 128 | 6.00 |" in page
+    assert "`mini_v5p_denoise_4k`" in page
+    assert "`flash_v5p_block_8k`" not in page
+    assert "{" not in page
+    with pytest.raises(SystemExit):
+        run.main([*out, "--only", "nothing"])
+    assert "nothing" in capsys.readouterr().err
+
+
+def test_a_compile_that_breaks_stops_the_command(monkeypatch):
+    broken = types.SimpleNamespace(returncode=-9, stderr="Killed")
+    monkeypatch.setattr(run.subprocess, "run", lambda *_, **__: broken)
+    with pytest.raises(SystemExit, match="status -9"):
+        run.compiled(PLANS["mini_v5e_denoise_4k"])
+
+
+def test_the_page_is_that_of_its_figures():
+    found = json.loads((ROOT / "docs/plans.json").read_text())
+    assert (ROOT / "docs/plans.md").read_text() == run.page(choices.plans(), found)
