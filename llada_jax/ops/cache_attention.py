@@ -9,6 +9,7 @@ head, `U` positions of a tile of the cache.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,9 @@ _LANES = 128
 # Queries of each head that are in the chip's memory at a time. The blocks of denoising are shorter;
 # the longer chunks of prefill read the cache once for each so many.
 _QUERY_TILE = 128
+# The same times the heads that share a key: with more, the kernel's arrays do not fit (flash has
+# eight heads to a key, mini four).
+_QUERY_ROWS = 512
 _NEVER = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
@@ -78,8 +82,10 @@ def _local(
     batch, block, num_heads, head_dim = query.shape
     capacity, num_groups = cache_key.shape[2:4]
     tile = min(tile, capacity)
-    query_tile = block if block % _QUERY_TILE else _QUERY_TILE
-    num_tiles, per_group = block // query_tile, num_heads // num_groups
+    per_group = num_heads // num_groups
+    most = min(_QUERY_TILE, _QUERY_ROWS // per_group)
+    query_tile = block if block <= most else math.gcd(block, most)
+    num_tiles = block // query_tile
     shared = per_group * query_tile
     by_group = query.reshape(batch, num_tiles, query_tile, num_groups, per_group, head_dim)
     by_group = jnp.transpose(by_group, (0, 1, 3, 4, 2, 5))

@@ -67,6 +67,8 @@ CASES = {
     "one group": {"heads": (3, 1), "capacity": 40, "lengths": (33,)},
     "no groups": {"heads": (2, 2), "capacity": 40, "lengths": (7, 40)},
     "several tiles of queries": {"heads": (4, 2), "capacity": 40, "lengths": (7,), "block": 256},
+    "tiles that divide the block": {"heads": (4, 2), "capacity": 40, "lengths": (7,), "block": 160},
+    "many heads to a key": {"heads": (8, 1), "capacity": 40, "lengths": (7,), "block": 128},
 }
 
 
