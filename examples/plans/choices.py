@@ -7,28 +7,6 @@ from llada_jax import config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """One call of `llada-compile`.
-
-    Attributes:
-      name: of the plan, unique.
-      what: the program, in words.
-      words: the command line after the command's name.
-      why: the reason for the mesh.
-    """
-
-    name: str
-    what: str
-    words: tuple[str, ...]
-    why: str
-
-    @property
-    def trains(self) -> bool:
-        """Whether it is a training step."""
-        return "--phase" in self.words
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Place:
     """A slice and how a model lies on it.
 
@@ -48,6 +26,43 @@ class Place:
     def chip(self) -> str:
         """The generation."""
         return self.topology.partition(":")[0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One call of `llada-compile`.
+
+    Attributes:
+      model: the architecture's name.
+      short: with the model and the chip, the plan's name.
+      what: the program, in words.
+      place: where it runs.
+      source: the command's CONFIG.
+      options: the words after those of the place.
+    """
+
+    model: str
+    short: str
+    what: str
+    place: Place
+    source: str
+    options: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the plan, unique."""
+        return f"{self.model}_{self.place.chip}_{self.short}"
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The command line after the command's name."""
+        where = ("--topology", self.place.topology, "--mesh", self.place.mesh)
+        return (self.source, *where, "--batch", str(self.place.rows), *self.options)
+
+    @property
+    def trains(self) -> bool:
+        """Whether it is a training step."""
+        return "--phase" in self.options
 
 
 _ROWS = "rows and cache split over the ranks of `expert`, so that no chip holds another's cache"
@@ -102,17 +117,17 @@ def _sampling() -> list[Plan]:
         ),
     )
     for (model, places), (short, what, words) in itertools.product(SAMPLING.items(), programs):
-        for place in places:
-            where = ("--topology", place.topology, "--mesh", place.mesh)
-            how = ("--batch", str(place.rows), "--dispatch", "all_gather")
-            found.append(
-                Plan(
-                    name=f"{model}_{place.chip}_{short}",
-                    what=f"{model}, {what}",
-                    words=(model, *where, *how, *words),
-                    why=place.why,
-                )
+        found += [
+            Plan(
+                model=model,
+                short=short,
+                what=what,
+                place=place,
+                source=model,
+                options=("--dispatch", "all_gather", *words),
             )
+            for place in places
+        ]
     return found
 
 
@@ -123,22 +138,22 @@ def _training() -> list[Plan]:
     ):
         is_shared = length >= SHARED_LENGTH
         for place in places:
-            rows = place.rows
             if is_shared:
-                rows //= config.MeshConfig.parse(place.mesh).expert
+                ranks = config.MeshConfig.parse(place.mesh).expert
+                place = dataclasses.replace(place, rows=place.rows // ranks)
             found.append(
                 Plan(
-                    name=f"{model}_{place.chip}_{kind}_{short}",
-                    what=f"{model}, {kind} diffusion, {short}" + ", shared rows" * is_shared,
-                    words=(
-                        f"configs/{model}_cpt_v5p.py",
-                        *("--topology", place.topology, "--model", model, "--mesh", place.mesh),
-                        *("--batch", str(rows), "--config.accumulation=1"),
+                    model=model,
+                    short=f"{kind}_{short}",
+                    what=f"{kind} diffusion, {short}" + ", shared rows" * is_shared,
+                    place=place,
+                    source=f"configs/{model}_cpt_v5p.py",
+                    options=(
+                        *("--model", model, "--config.accumulation=1"),
                         f"--config.data.packing.row_length={length}",
                         *("--phase", phase),
                         *(("--config.compute.context_parallel=True",) if is_shared else ()),
                     ),
-                    why=place.why,
                 )
             )
     return found

@@ -114,8 +114,10 @@ def page(plans: Sequence[choices.Plan], found: dict[str, Any]) -> str:
         chosen = [plan for plan in plans if plan.trains == trains and plan.name in found]
         rows = [row(plan, found[plan.name]) for plan in chosen]
         parts[f"{kind}_table"] = results.markdown(header, rows)
-        reasons = {(place(plan), plan.why): None for plan in chosen}
-        parts[f"{kind}_reasons"] = "\n".join(f"- {where}: {why}." for where, why in reasons)
+        reasons = [
+            f"- {p.model} on {p.place.topology}, {p.place.mesh}: {p.place.why}." for p in chosen
+        ]
+        parts[f"{kind}_reasons"] = "\n".join(dict.fromkeys(reasons))
     missing = [plan.name for plan in plans if plan.name not in found]
     parts["missing"] = ", ".join(f"`{name}`" for name in missing) or "none"
     text = pathlib.Path(__file__).with_name("page.md").read_text()
@@ -124,18 +126,10 @@ def page(plans: Sequence[choices.Plan], found: dict[str, Any]) -> str:
     return text
 
 
-def place(plan: choices.Plan) -> str:
-    """Model, slice, mesh."""
-    topology, mesh = (plan.words[plan.words.index(flag) + 1] for flag in ("--topology", "--mesh"))
-    return f"{plan.what.partition(',')[0]} on {topology}, {mesh}"
-
-
 def row(plan: choices.Plan, figures: dict[str, Any]) -> list[str]:
     """A line of a table; sizes in GiB."""
-    topology, mesh, rows = (
-        plan.words[plan.words.index(flag) + 1] for flag in ("--topology", "--mesh", "--batch")
-    )
-    first = [plan.what, f"{topology}, {mesh}, {rows}"]
+    place = plan.place
+    first = [f"{plan.model}, {plan.what}", f"{place.topology}, {place.mesh}, {place.rows}"]
     if "error" in figures:
         return [*first, *[""] * (4 if plan.trains else 3), figures["error"], ""]
     hbm, bound = figures["hbm"], figures["roofline"]
