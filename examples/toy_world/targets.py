@@ -89,8 +89,7 @@ def table(results: Mapping[str, Any]) -> str:
     """All targets and their checks in Markdown."""
     rows = []
     for target in read():
-        found = [figures(check, results) for check in target["checks"]]
-        states = [judge(*pair) for pair in zip(target["checks"], found, strict=True)]
+        found, states = _judged(target, results)
         rows.append([f"**{target['target']}**", "", "", "", f"**{verdict(states)}**"])
         for check, values, state in zip(target["checks"], found, states, strict=True):
             mean = f"{statistics.mean(values):.3g}" if values else ""
@@ -99,12 +98,17 @@ def table(results: Mapping[str, Any]) -> str:
     return tables.markdown(["target", "wanted", "mean", "each seed", "state"], rows)
 
 
+def _judged(
+    target: Mapping[str, Any], results: Mapping[str, Any]
+) -> tuple[list[list[float]], list[str]]:
+    """What each check of a target is judged by, and how it came out."""
+    found = [figures(check, results) for check in target["checks"]]
+    return found, [judge(*pair) for pair in zip(target["checks"], found, strict=True)]
+
+
 def page(results: Mapping[str, Any]) -> str:
     """The table and how many targets were reached."""
-    states = [
-        verdict([judge(check, figures(check, results)) for check in target["checks"]])
-        for target in read()
-    ]
+    states = [verdict(_judged(target, results)[1]) for target in read()]
     counts = ", ".join(f"{states.count(s)} {s}" for s in STATES if s in states)
     seeds = ", ".join(results["seeds"])
     return (
