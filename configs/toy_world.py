@@ -60,7 +60,8 @@ SFT: dict[str, dict[str, dict[str, Any]]] = {
     "small": {},
     "pairs": {"noise": {"is_complementary": True}},
 }
-SFT_STEPS, FAST_SFT_STEPS = 400, 120
+SFT_PHASES: Phases = (("16", 400), ("16", 100))
+FAST_SFT_PHASES: Phases = (("16", 120),)
 PARENTS = {
     **dict.fromkeys(("A", "B", "C"), "ar"),
     "long": "C",
@@ -85,7 +86,7 @@ def run(root: str, name: str, *, seed: int, scale: float) -> dict[str, Any]:
     if name in PHASES:
         lengths = PHASES[name]
     elif tuned in SFT and name in PARENTS:
-        lengths = [("16", FAST_SFT_STEPS if name.startswith("fast_") else SFT_STEPS)]
+        lengths = FAST_SFT_PHASES if name.startswith("fast_") else SFT_PHASES
     else:
         raise ValueError(f"{name!r} is not one of {', '.join([*PHASES, *PARENTS])}")
     parent = PARENTS.get(name)

@@ -11,12 +11,20 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from absl import flags
 from jax.experimental.pallas.ops.tpu.megablox import ops as megablox
 from jaxtyping import Array, Float, Int
 
 from llada_jax.ops import activations, placement
 
-IMPLEMENTATIONS = ("ragged_dot", "blocks", "megablox", "megablox_emulated")
+IMPLEMENTATIONS = (
+    "ragged_dot",
+    "blocks",
+    "megablox",
+    "megablox_emulated",
+    "tokamax",
+    "tokamax_emulated",
+)
 
 # Rows, contracted and resulting columns of the kernel's tiles, at most.
 _MEGABLOX_TILES = (512, 1024, 1024)
@@ -70,19 +78,26 @@ def grouped_mlp(
       row_alignment: see the function of that name.
       implementation: "ragged_dot" (`lax.ragged_dot`: a grouped kernel on TPUs), "blocks" (a loop
         over blocks of rows, fast on CPUs; its reverse mode keeps no activations), "megablox" (the
-        Pallas kernel for TPUs of that name) or "megablox_emulated" (for tests without one).
+        Pallas kernel for TPUs of that name), "megablox_emulated" (for tests without one), "tokamax"
+        (the kernel for TPUs of the package of that name, an extra; sizes `D` and `F` of at least
+        128) or "tokamax_emulated" (the package's form for any backend).
+
+    Raises:
+      ImportError: the package tokamax is asked for and not installed.
+      NotImplementedError: tokamax has no kernel for this backend or these sizes.
     """
     matrices = (gate_proj, up_proj, down_proj)
     if implementation == "blocks":
         return _blocks(x, rows.tokens, matrices, group_sizes, group_offset, row_alignment)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation {implementation!r} is not one of {IMPLEMENTATIONS}")
+    tokamax = _tokamax_product(implementation) if "tokamax" in implementation else None
     taken = placement.rows_of_tokens(x, rows)
     count, num_matrices = group_sizes.shape[0], gate_proj.shape[0]
-    if implementation == "ragged_dot":
+    if implementation == "ragged_dot" or tokamax is not None:
         if num_matrices != count:
             matrices = tuple(jax.lax.dynamic_slice_in_dim(w, group_offset, count) for w in matrices)
-        return _three_products(jax.lax.ragged_dot, taken, matrices, group_sizes)
+        return _three_products(tokamax or jax.lax.ragged_dot, taken, matrices, group_sizes)
     if num_matrices != count:
         # Other layers' groups are empty, and the kernel does not visit them.
         none = jnp.zeros((num_matrices,), group_sizes.dtype)
@@ -100,6 +115,42 @@ def _three_products(
     gate, up, down = matrices
     hidden = activations.swiglu(product(rows, gate, group_sizes), product(rows, up, group_sizes))
     return product(hidden, down, group_sizes)
+
+
+def _tokamax_product(implementation: str) -> Callable[[Array, Array, Array], Array]:
+    """The package's product, imported where it is asked for: an extra, and slow to import."""
+    try:
+        import tokamax
+    except ImportError as error:
+        raise ImportError(
+            f"grouped_matmul {implementation!r} needs the package tokamax: pip install "
+            f"'llada-jax[tokamax]', or choose another of {IMPLEMENTATIONS}"
+        ) from error
+    # It looks at its own flags, and would parse this program's words as such.
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    kernel = "xla" if implementation == "tokamax_emulated" else "mosaic"
+
+    def product(rows: Array, matrices: Array, group_sizes: Array) -> Array:
+        # As with megablox, what is no group's is written by none, gradients included.
+        is_owned = jnp.arange(rows.shape[0]) < jnp.sum(group_sizes)
+        rows = jnp.where(is_owned[:, None], rows, 0)
+        try:
+            return tokamax.ragged_dot(
+                rows,
+                matrices,
+                group_sizes,
+                preferred_element_type=rows.dtype,
+                implementation=kernel,
+            )
+        except NotImplementedError as error:
+            raise NotImplementedError(
+                f"grouped_matmul 'tokamax': no kernel for matrices of {matrices.shape[1:]} here "
+                f"({error}); it is for TPUs and sizes of at least 128. Choose another of "
+                f"{IMPLEMENTATIONS}"
+            ) from error
+
+    return product
 
 
 def _megablox(rows: Array, matrices: Array, group_sizes: Array, *, interpret: bool) -> Array:

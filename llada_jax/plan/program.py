@@ -1,11 +1,13 @@
 """A traced program, and placing shapes on the devices of a mesh."""
 
+import contextlib
 import dataclasses
 import math
 from typing import Any
 
 import jax
 
+from llada_jax.model import formulation as formulations
 from llada_jax.train import flops
 
 
@@ -38,6 +40,16 @@ class Program:
     hbm_bytes: dict[str, float]
     expected_bytes: dict[str, float]
     step_loops: int = 0
+
+
+def tracing(
+    mesh: jax.sharding.Mesh, formulation: formulations.Formulation
+) -> contextlib.AbstractContextManager[Any]:
+    """What a program is traced under, so that it is the one of the mesh's devices."""
+    if formulation.grouped_matmul == "tokamax":
+        # It asks the default device what it is, and has no kernel for a CPU.
+        return jax.default_device(mesh.devices.flat[0])
+    return contextlib.nullcontext()
 
 
 def device_bytes(tree: Any) -> int:

@@ -88,7 +88,8 @@ def sampling_program(
         _check(sizes, cfg, mesh, rules, block)
         tokens = _rows(np.zeros((sizes.batch, length), np.int32), rules)
         cache = _cache(cfg, rules, sizes)
-        lowered = _lower(name, model, tokens, cache, job)
+        with program_lib.tracing(mesh, model.formulation):
+            lowered = _lower(name, model, tokens, cache, job)
     has_logits = name in ("denoise_block", "decode_block")
     num_tokens = sizes.batch * length
     before = sizes.cache_tokens - length

@@ -64,13 +64,14 @@ def training_program(
         }
         inputs = step_lib.StepInputs(**sharding.on_mesh(numbers, lambda _: jax.P()))
         program = step_lib.jit_step(cfg, state_lib.split_model(model)[0], made)
-        lowered = program.lower(
-            state,
-            batch,
-            inputs,
-            goal=goal,
-            has_embedding_noise=goals.embedding_noise(cfg, first_step) > 0,
-        )
+        with program_lib.tracing(mesh, model.formulation):
+            lowered = program.lower(
+                state,
+                batch,
+                inputs,
+                goal=goal,
+                has_embedding_noise=goals.embedding_noise(cfg, first_step) > 0,
+            )
         whole = transformer.abstract_model(model_cfg.replace(dtype=cfg.compute.dtype), _WHOLE)
     rows_sharding = jax.sharding.NamedSharding(mesh, model.rules.spec("batch"))
     has_clean, block = goals.mask_shape(chosen)

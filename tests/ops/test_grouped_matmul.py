@@ -1,5 +1,7 @@
 """The experts' products and their gradients: each formulation against a loop over tokens."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from llada_jax.ops import expert_parallel, grouped_matmul, placement
 # Ranks of `expert` see the same tokens, and matrices are shared over `fsdp`.
 RULES = sharding.AxisRules(expert_embed="fsdp")
 # What runs without a TPU.
-HERE = [name for name in grouped_matmul.IMPLEMENTATIONS if name != "megablox"]
+HERE = [n for n in grouped_matmul.IMPLEMENTATIONS if n not in ("megablox", "tokamax")]
 MESHES = {
     "1111": config.MeshConfig(),
     "2122": config.MeshConfig(data=2, expert=2, tensor=2),
@@ -106,7 +108,7 @@ def test_outputs_and_gradients_equal_a_loop_over_tokens(wanted, implementation, 
         assert gradient.sharding.spec == RULES.spec(*AXES[name])
 
 
-@pytest.mark.parametrize("implementation", ["blocks", "megablox_emulated"])
+@pytest.mark.parametrize("implementation", ["blocks", "megablox_emulated", "tokamax_emulated"])
 def test_they_equal_ragged_dot_where_groups_are_large_and_rows_have_no_group(implementation):
     rng = np.random.default_rng(3)
     alignment, sizes, offset = 8, np.array([24, 0, 8, 16], np.int32), 2
@@ -164,3 +166,28 @@ def test_reverse_mode_of_blocks_keeps_no_hidden_activations():
 
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(x, *matrices).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * tokens * width
+
+
+def one_product(implementation):
+    ones = jnp.ones((1, 8, 8))
+    return grouped_matmul.grouped_mlp(
+        jnp.ones((4, 8)),
+        placement.place(jnp.arange(4)[:, None], 4),
+        ones,
+        ones,
+        ones,
+        jnp.array([4]),
+        row_alignment=1,
+        implementation=implementation,
+    )
+
+
+def test_tokamax_without_a_kernel_says_what_to_do():
+    with pytest.raises(NotImplementedError, match=r"it is for TPUs .* Choose another of .*blocks"):
+        one_product("tokamax")
+
+
+def test_tokamax_without_the_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokamax", None)
+    with pytest.raises(ImportError, match=r"pip install 'llada-jax\[tokamax\]'"):
+        one_product("tokamax_emulated")
