@@ -4,15 +4,17 @@ The compiled text is read from a dump. `compiled.as_text()` is no way to it: for
 it fails, because the serialised form of their asynchronous instructions does not load again.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import re
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from llada_jax.plan import hlo
 
@@ -110,7 +112,8 @@ def compile_lowered(lowered: jax.stages.Lowered, compiler_options: Mapping[str, 
         dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         started = time.monotonic()
         try:
-            program = lowered.compile(compiler_options={**compiler_options, **dump})
+            with _without_cache():
+                program = lowered.compile(compiler_options={**compiler_options, **dump})
         except jax.errors.JaxRuntimeError as error:
             found = out_of_memory(str(error))
             if found is None:
@@ -141,6 +144,20 @@ def compile_lowered(lowered: jax.stages.Lowered, compiler_options: Mapping[str, 
         unknown="" if text else "the compiler left no dump of the program",
         compiler_flops=cost.get("flops"),
     )
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """Compiles anew where JAX keeps what it compiled: what is loaded from there leaves no dump."""
+    was_used = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    # Whether there is a cache is decided once, at the first compilation.
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", was_used)
+        compilation_cache.reset_cache()
 
 
 def out_of_memory(message: str) -> OutOfMemory | None:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from llada_jax.plan import compiled
 
@@ -60,6 +61,31 @@ def test_a_compiled_program_tells_its_memory_and_its_text():
     assert found.compiler_flops >= 2 * 64**3
     assert found.module is not None
     assert found.module.num_aliased == 1
+
+
+def test_it_is_compiled_anew_where_jax_keeps_programs(tmp_path):
+    kept = {
+        "jax_compilation_cache_dir": str(tmp_path),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in kept}
+    lowered = jax.jit(lambda x: jnp.sin(x) @ x).lower(jax.ShapeDtypeStruct((64, 64), jnp.float32))
+
+    def set_to(values):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+    set_to(kept)
+    try:
+        lowered.compile()
+        assert len(list(tmp_path.iterdir())) >= 1
+        found = compiled.compile_lowered(lowered, {})
+        assert jax.config.jax_enable_compilation_cache
+    finally:
+        set_to(before)
+    assert found.module is not None
+    assert found.largest
 
 
 def test_an_error_that_is_none_of_memory_is_raised():
