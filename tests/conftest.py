@@ -6,7 +6,9 @@ A helper is imported as `from tests.conftest import load_manifest`.
 import json
 import os
 import pathlib
+import shutil
 import sys
+import tempfile
 from typing import Any
 
 import pytest
@@ -22,8 +24,21 @@ _FLAGS = (
 )
 os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_FLAGS)).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
+# What one test has compiled, others load: workers, and the processes that tests start. What takes
+# less time to compile is not worth a file.
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
+_OWN_CACHE = None if _CACHE in os.environ else tempfile.mkdtemp(prefix="llada_tests_compiled_")
+if _OWN_CACHE is not None:
+    os.environ[_CACHE] = _OWN_CACHE
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Removes what was compiled; workers find the folder of the process that started them."""
+    if _OWN_CACHE is not None:
+        shutil.rmtree(_OWN_CACHE)
 
 
 def load_manifest() -> dict[str, dict[str, Any]]:
