@@ -43,8 +43,39 @@ def assert_state_is_donated(program, figures):
     assert figures["hbm"]["aliased_bytes"] >= sum(program.argument_bytes[name] for name in kept)
 
 
+def assert_layers_send_what_they_should(found):
+    """Of each layer of experts, by kind: forward, and backward, which computes it again."""
+    cfg = config.ModelConfig.preset("tiny")
+    sent = [c for c in found if c.kind == "all-to-all"]
+    assert {c.axes for c in sent} == {"expert"}
+    # There go rows, ids and weights, and results come back; of these, backward has what goes there
+    # again, and then gradients of results, rows and weights.
+    rounds = {True: 0, False: 0}
+    for c in sent:
+        rounds[bool(c.unknown_loops)] += c.count
+    assert rounds[False] == (4 + 3 + 3) * cfg.num_moe_layers
+    assert rounds[True] > 0  # The further rounds of an uneven load, for as long as it takes.
+    gathered = [c for c in found if c.kind == "all-gather" and "/while/body/" in c.op_name]
+    weights = {"expert": 0, "other": 0}
+    sizes = {str(cfg.hidden_size), str(cfg.moe_intermediate_size)}
+    for c in gathered:
+        (shape,) = re.findall(r"\[([\d,]+)\]", c.shape)
+        is_stack = len(shape.split(",")) == 4 and set(shape.split(",")[2:]) == sizes
+        # A rank has its experts whole only where `fsdp` split them, and never another rank's.
+        assert (c.axes == "fsdp") == is_stack, c
+        assert not is_stack or shape.split(",")[1] == str(cfg.num_experts // 4), c
+        weights["expert" if is_stack else "other"] += c.count
+    assert weights["expert"] == 2 * 3 * cfg.num_moe_layers
+    # Four matrices of attention, three of the shared expert or the dense MLP, and the router's.
+    # The one dense layer is no loop, and keeps what it gathered from forward to backward.
+    num_dense = cfg.num_hidden_layers - cfg.num_moe_layers
+    assert weights["other"] == 2 * 8 * cfg.num_moe_layers + 7 * num_dense
+
+
 def test_the_state_is_donated_and_every_axis_is_known():
-    program, _, figures, _ = planned(512, batch_size=8)
+    program, result, figures, mesh = planned(512, batch_size=8)
+    assert result.module is not None
+    assert_layers_send_what_they_should(collectives.collectives(result.module, dict(mesh.shape)))
     assert figures["hbm"]["fits"]
     assert_state_is_donated(program, figures)
     axes = {row["axes"] for row in figures["collectives"]}
