@@ -10,7 +10,6 @@ mean, and what they cannot tell: docs/compiling.md.
 """
 
 import argparse
-import ast
 import dataclasses
 import json
 import pathlib
@@ -20,15 +19,14 @@ from typing import Any
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
 from llada_jax import config, sharding
+from llada_jax.cli import run_config
 from llada_jax.generate import request
 from llada_jax.ops import expert_parallel, grouped_matmul
 from llada_jax.plan import compiled, hardware, report, sampling, sweep, training
 from llada_jax.train import architecture, options
 
-_OVERRIDE = "--config."
 _TRAIN_STEP = "train_step"
 
 
@@ -39,8 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       0 if the program fits, 1 if it does not (with `--sweep`, if nothing does), 2 on an error.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    overrides = [a for a in arguments if a.startswith(_OVERRIDE)]
-    plain = [a for a in arguments if not a.startswith(_OVERRIDE)]
+    plain, overrides = run_config.split(arguments)
     args = parser().parse_args(plain)
     if args.program is None:
         args.program = _TRAIN_STEP if args.config.endswith(".py") else "denoise_block"
@@ -108,7 +105,7 @@ def train_config(args: argparse.Namespace, overrides: Sequence[str]) -> options.
             "configs/mini_cpt_v5p.py; for a model alone choose --program denoise_block, "
             "commit_block or prefill"
         )
-    mapping = _read(args.config, overrides)
+    mapping = run_config.read(args.config, overrides)
     mapping.pop("prepare", None)
     if args.batch is not None:
         mapping["batch_size"] = args.batch
@@ -143,57 +140,6 @@ def model_config(args: argparse.Namespace, overrides: Sequence[str]) -> config.M
     if path.is_file():
         return architecture.model_config(options.ModelOptions(config_file=str(path)))
     return config.ModelConfig.preset(name)
-
-
-def _read(path: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """The mapping of a config file, changed by `--config.NAME=VALUE`.
-
-    What the file names is changed as `llada-train` does it. What it leaves to its default, which
-    `llada-train` refuses to change by a flag, can be tried here too.
-    """
-    mapping = _parse(path, [])
-    named, others = [], []
-    for override in overrides:
-        keys = override.removeprefix(_OVERRIDE).partition("=")[0].split(".")
-        (named if _names(mapping, keys) else others).append(override)
-    if named:
-        mapping = _parse(path, named)
-    for override in others:
-        name, is_given, value = override.removeprefix(_OVERRIDE).partition("=")
-        *folders, last = name.split(".")
-        inner = mapping
-        for folder in folders:
-            inner = inner.setdefault(folder, {})
-            if not isinstance(inner, dict):
-                raise ValueError(f"{override}: {folder} of {path} has no fields")
-        if not is_given:
-            raise ValueError(f"{override}: write {_OVERRIDE}{name}=VALUE")
-        try:
-            inner[last] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            inner[last] = value
-    return mapping
-
-
-def _parse(path: str, overrides: Sequence[str]) -> dict[str, Any]:
-    values = flags.FlagValues()
-    arguments = ["llada-compile", f"--config={path}", *overrides]
-    config_flags.DEFINE_config_file(
-        "config", None, "the run, a Python file", flag_values=values, sys_argv=arguments
-    )
-    values(arguments)
-    return values.config.to_dict()
-
-
-def _names(mapping: Any, keys: Sequence[str]) -> bool:
-    """Whether a nested mapping holds this path; places in lists are left to `ml_collections`."""
-    for key in keys:
-        if not isinstance(mapping, dict):
-            return True
-        if key.partition("[")[0] not in mapping:
-            return False
-        mapping = mapping.get(key)
-    return True
 
 
 def _mesh_of(args: argparse.Namespace) -> config.MeshConfig | None:

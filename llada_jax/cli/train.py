@@ -7,6 +7,7 @@ The same command goes on from the newest checkpoint in the workdir. `--config.NA
 field. On a pod every host runs the same command with `--distributed`.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -15,10 +16,9 @@ from typing import Any
 
 import jax
 from absl import flags, logging
-from ml_collections import config_flags
 
 from llada_jax import storage
-from llada_jax.cli import train_data
+from llada_jax.cli import run_config, train_data
 from llada_jax.generate import generator as generator_lib
 from llada_jax.model import transformer
 from llada_jax.train import loop, options
@@ -33,17 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       0 when the run is finished or ended as it was asked to, 1 if it stopped at a bad step, 2 on
       an error.
     """
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "the run, a Python file", flag_values=values)
-    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
-    flags.DEFINE_bool(
-        "distributed", False, "several processes, found by jax.distributed", flag_values=values
-    )
-    flags.DEFINE_bool("help", False, "shows this", flag_values=values, short_name="h")
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or {"--help", "-h"} & set(arguments):
-        print(f"{__doc__}\n--config FILE  --workdir FOLDER  [--distributed]")
-        return 0 if arguments else 2
+    plain, changes = run_config.split(sys.argv[1:] if argv is None else argv)
+    args = parser().parse_args(plain)
     logging.set_verbosity(logging.INFO)
     # Without it lines go through another handler, past the filter.
     logging.use_absl_handler()
@@ -52,13 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         lambda record: "orbax" not in record.pathname
     )
     try:
-        rest = values(["llada-train", *arguments])[1:]
-        if rest:
-            raise ValueError(f"unexpected arguments {rest}; options begin with --")
-        if values.config is None or values.workdir is None:
-            raise ValueError("--config and --workdir are both needed")
-        _start_processes(is_pod=values.distributed)
-        outcome = _run(values.config.to_dict(), storage.folder(values.workdir))
+        mapping = run_config.read(args.config, changes)
+        _start_processes(is_pod=args.distributed)
+        outcome = _run(mapping, storage.folder(args.workdir))
     except loop.BadStepError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -69,6 +56,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"model: {outcome.model}")
         print(f"try:   llada-generate {outcome.model} --prompt 'import '")
     return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    made = argparse.ArgumentParser(
+        prog="llada-train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument("--config", metavar="FILE", required=True, help="the run, a Python file")
+    made.add_argument("--workdir", metavar="FOLDER", required=True, help="folder of the run")
+    made.add_argument(
+        "--distributed", action="store_true", help="several processes, found by jax.distributed"
+    )
+    return made
 
 
 def _start_processes(*, is_pod: bool) -> None:

@@ -1,0 +1,99 @@
+"""A run's config file, changed by `--config.NAME=VALUE`, for all commands that take one."""
+
+import ast
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+_OVERRIDE = "--config."
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The other arguments, and the changes; `--config.NAME VALUE` becomes one word.
+
+    A change without a value is left as it is: absl takes it for a switch that is turned on.
+    """
+    plain: list[str] = []
+    changes: list[str] = []
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        if not word.startswith(_OVERRIDE):
+            plain.append(word)
+            continue
+        if "=" not in word and words and not words[0].startswith("--"):
+            word = f"{word}={words.pop(0)}"
+        changes.append(word)
+    return plain, changes
+
+
+def read(path: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The mapping of a config file, changed by `--config.NAME=VALUE`.
+
+    What the file names keeps its type. What it leaves to its default takes the value as a Python
+    literal, `true` or `false`, or else as a string, and is checked with the whole configuration.
+
+    Args:
+      path: the file, with `:ARGUMENT` behind it where it takes one.
+      overrides: changes, as `split` finds them.
+
+    Raises:
+      ValueError: a change names what cannot be, or has no value.
+      absl.flags.Error: there is no such file, or a value is of another type than the file's.
+    """
+    mapping = _parse(path, [])
+    named, others = [], []
+    for override in overrides:
+        keys = override.removeprefix(_OVERRIDE).partition("=")[0].split(".")
+        (named if _names(mapping, keys) else others).append(override)
+    if named:
+        mapping = _parse(path, named)
+    for override in others:
+        name, is_given, value = override.removeprefix(_OVERRIDE).partition("=")
+        *folders, last = name.split(".")
+        inner = mapping
+        for folder in folders:
+            inner = inner.setdefault(folder, {})
+            if not isinstance(inner, dict):
+                raise ValueError(f"{override}: {folder} of {path} has no fields")
+        if not is_given:
+            raise ValueError(f"{override}: write {_OVERRIDE}{name}=VALUE")
+        inner[last] = _value(value)
+    return mapping
+
+
+def _value(text: str) -> Any:
+    if text in ("true", "false"):  # as absl's flags write them
+        return text == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _parse(path: str, overrides: Sequence[str]) -> dict[str, Any]:
+    values = flags.FlagValues()
+    arguments = ["", f"--config={path}", *overrides]
+    config_flags.DEFINE_config_file(
+        "config", None, "the run, a Python file", flag_values=values, sys_argv=arguments
+    )
+    try:
+        values(arguments)
+    except (AttributeError, LookupError, TypeError) as error:
+        if not overrides:
+            raise  # of the file's own code
+        raise ValueError(f"{' '.join(overrides)}: {path} has no such field: {error}") from error
+    return values.config.to_dict()
+
+
+def _names(mapping: Any, keys: Sequence[str]) -> bool:
+    """Whether a nested mapping holds this path; places in lists are left to `ml_collections`."""
+    for key in keys:
+        if not isinstance(mapping, dict):
+            return True
+        if key.partition("[")[0] not in mapping:
+            return False
+        mapping = mapping.get(key)
+    return True
