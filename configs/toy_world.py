@@ -6,10 +6,9 @@ makes their data and runs them in order. One alone, of seed 0 and with a tenth o
 
     llada-train --config configs/toy_world.py:C,0,0.1 --workdir build/toy_world/seed_0/C
 
-Hardware: 2 CPU cores, as two devices (`JAX_NUM_CPU_DEVICES=2`). Three seeds of everything take
-about an hour, by the times of single steps; what they should find is in the example's
-`expected.json`. A run starts from the model of another, see `PARENTS`, in the folder beside its
-own.
+Hardware: 2 CPU cores, as two devices (`JAX_NUM_CPU_DEVICES=2`). A seed of everything takes some 40
+minutes of one core; what they should find is in the example's `expected.json`. A run starts from
+the model of another, see `PARENTS`, in the folder beside its own.
 """
 
 import os

@@ -18,10 +18,9 @@ from llada_jax import sharding
 from llada_jax.diffusion import noise, objective
 from llada_jax.model import transformer
 
-NUM_ROWS, NUM_REPEATS, BUDGET = 16, 20, 4
+NUM_ROWS, NUM_REPEATS, BUDGET = 16, 50, 4
 # Of a parameter's standard deviation: about what one step moves at fine-tuning's rate.
 NEAR_STEP = 0.02
-# A document of fine-tuning is one block, so blocks and whole documents are the same here.
 GOAL = objective.MaskedDiffusion(
     noise=noise.NoiseConfig(
         mask_id=world.MASK, vocab_size=toy_world.VOCAB, low=0.05, is_stratified=False
@@ -29,16 +28,20 @@ GOAL = objective.MaskedDiffusion(
 )
 
 
-def check(folders: dict[str, pathlib.Path], root: pathlib.Path) -> dict[str, dict[str, float]]:
-    """Variances of dB for each reference; the policy is the model of that name.
+def check(
+    policy_folder: pathlib.Path, far: pathlib.Path, root: pathlib.Path, store: str
+) -> dict[str, dict[str, float]]:
+    """Variances of dB for two references: "near", the policy after a small step, and "far".
 
     Args:
-      folders: "policy" and references; "near", the policy after a small step, is added.
+      policy_folder: the policy.
+      far: a model further away.
       root: of the data.
+      store: whose documents are scored.
     """
     with jax.set_mesh(sharding.make_mesh()):
-        models = {name: measure.load(folder) for name, folder in folders.items()}
-        policy = models.pop("policy")
+        policy = measure.load(policy_folder)
+        models = {"far": measure.load(far)}
         rng = np.random.default_rng(7)
 
         def moved(x: jax.Array) -> jax.Array:
@@ -46,7 +49,7 @@ def check(folders: dict[str, pathlib.Path], root: pathlib.Path) -> dict[str, dic
             return x + NEAR_STEP * jnp.std(x) * jax.device_put(step, x.sharding)
 
         models["near"] = jax.tree.map(moved, policy)
-        batch = measure.put(measure.batches(root, "heldout_copy", rows=NUM_ROWS)[0])
+        batch = measure.put(measure.batches(root, store, rows=NUM_ROWS)[0])
         own = draw(policy, batch, 0), draw(policy, batch, 0, has_one_level=True)
         return {name: variances(*own, model, batch) for name, model in models.items()}
 
