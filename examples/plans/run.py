@@ -11,6 +11,7 @@ there; `--only` without names writes it again.
 import argparse
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from typing import Any
 
 from examples.plans import choices
 from examples.tiny_model import results
+from llada_jax import config
 
 GIB = 2**30
 MIB = 2**20
@@ -54,7 +56,7 @@ TRAINING_HEADER = (
     "slice, mesh, rows",
     "state",
     "gradients + saved + a layer",
-    "all else",
+    "all else (whole vocabularies)",
     "peak of limit",
     "MiB sent per chip",
     "bound, ms (no speed)",
@@ -148,7 +150,23 @@ def row(plan: choices.Plan, figures: dict[str, Any]) -> list[str]:
     known = hbm["temporary_parts_bytes"]
     parts = " + ".join(f"{known[name] / GIB:.2f}" for name in KNOWN)
     last[0] += f"; {hbm['peak_over_known_parts']:.2f} of the parts"
-    return [*first, state, parts, f"{known['all else'] / GIB:.2f}", *last]
+    rest = f"{known['all else'] / GIB:.2f}"
+    whole = vocabulary_bytes(config.ModelConfig.preset(plan.model), hbm["largest_temporaries"])
+    if whole:
+        rest += f" ({whole / GIB:.2f})"
+    return [*first, state, parts, rest, *last]
+
+
+def vocabulary_bytes(cfg: config.ModelConfig, pieces: Sequence[dict[str, str]]) -> float:
+    """Of the largest pieces of the temporaries, those that hold the embedding or the head whole."""
+    table = re.compile(rf"\b{cfg.vocab_size},{cfg.hidden_size}\]")
+    return sum(size_of(p["size"]) for p in pieces if table.search(p["shapes"]))
+
+
+def size_of(text: str) -> float:
+    """Bytes of a size as the compiler writes it, such as 1.20GiB."""
+    number = text.rstrip("KMGiB")
+    return float(number) * {"B": 1, "KiB": 2**10, "MiB": MIB, "GiB": GIB}[text[len(number) :]]
 
 
 def sent(rows: Sequence[dict[str, Any]] | None) -> str:

@@ -70,6 +70,8 @@ def report(*, fits=True, **hbm):
     if fits:
         memory |= {"temporary_bytes": 6.5 * gib, "temporary_parts_bytes": parts}
         memory["peak_over_known_parts"] = 1.25
+        pieces = ("1.25GiB", "bf16[157184,4096], s32[4]"), ("1.00GiB", "bf16[1157184,4096]")
+        memory["largest_temporaries"] = [{"size": s, "shapes": what} for s, what in pieces]
     return {
         **dict.fromkeys(run.KEPT),
         "hbm": memory | {"argument_parts_bytes": sizes} | hbm,
@@ -93,7 +95,7 @@ def test_a_report_becomes_a_line():
         "v5p:4x4x8, 1,8,16,1, 128",
         "6.00",
         "2.00 + 1.00 + 1.50",
-        "2.00",
+        "2.00 (1.25)",
         "20.00 of 32.00; 1.25 of the parts",
         *last[1:],
     ]
