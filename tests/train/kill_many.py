@@ -19,7 +19,10 @@ import time
 import numpy as np
 
 ROOT = pathlib.Path(__file__).parents[2]
-QUICK_COMPILES = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+QUICK_COMPILES = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false"
+)
 
 
 def start(config: pathlib.Path, workdir: pathlib.Path) -> subprocess.Popen:
