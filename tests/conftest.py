@@ -16,8 +16,8 @@ import pytest
 if "jax" in sys.modules:
     raise RuntimeError("jax was imported before tests/conftest.py could set its devices")
 # Tests compile many small programs and run each a few times: without LLVM's optimisations they take
-# less than half as long, and with the older way to emit fusions a sixth less again. What is computed
-# stays the same.
+# less than half as long, and with the older way to emit fusions a sixth less again. What is
+# computed stays the same.
 _FLAGS = (
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
