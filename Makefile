@@ -2,6 +2,7 @@
 #   make demo                     convert the tiny checkpoint of the tests and generate with it
 #   make test ARGS="-k attention" the tests; ARGS goes to pytest
 #   make check                    lint, format, types, import floors
+#   make toy-world                a learning experiment in short, against its exact targets
 #   make train-tiny               the small model of the package, from nothing; resumable
 #   make measure-tiny             what it shows: docs/tiny_model/
 
@@ -21,7 +22,7 @@ DEMO_PROMPTS := tests/golden/demo_prompts.jsonl
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-tpu check format wheel venv clean
-.PHONY: train-tiny train-tiny-twin measure-tiny ship-tiny
+.PHONY: toy-world train-tiny train-tiny-twin measure-tiny ship-tiny
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -30,6 +31,7 @@ help:
 	@echo "make test      run the tests (ARGS=... goes to pytest)"
 	@echo "make test-tpu  compile for a TPU topology (needs no TPU)"
 	@echo "make check     lint, format, types and import floors"
+	@echo "make toy-world a learning experiment in short: the objective, kills, confidence"
 	@echo "make format    mend what ruff can mend, and format"
 	@echo "make train-tiny      train the small model: hours on 2 cores, may be stopped and goes on"
 	@echo "make train-tiny-twin train the left-to-right model it is compared with"
@@ -63,6 +65,10 @@ test: $(VENV)/.installed-dev
 
 test-tpu: $(VENV)/.installed-tpu
 	$(BIN)/pytest -m tpu_compile $(ARGS)
+
+toy-world: $(VENV)/.installed-run
+	$(BIN)/python -m examples.toy_world.run --fast --seeds 0 --workdir build/toy_fast \
+	  --out build/toy_fast.json
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check

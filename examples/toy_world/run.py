@@ -63,6 +63,9 @@ def main() -> None:
     page = targets.page(results)
     args.out.with_suffix(".md").write_text(page)
     print(page)
+    missed = targets.broken(results)
+    if missed:
+        raise SystemExit(f"a target that is exact was missed: {'; '.join(missed)}")
 
 
 def kept_results(out: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:

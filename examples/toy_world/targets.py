@@ -106,6 +106,17 @@ def _judged(
     return found, [judge(*pair) for pair in zip(target["checks"], found, strict=True)]
 
 
+def broken(results: Mapping[str, Any]) -> list[str]:
+    """Missed checks of targets that are exact: there a miss is a defect, not a finding."""
+    return [
+        check["says"]
+        for target in read()
+        if target.get("is_exact", False)
+        for check, state in zip(target["checks"], _judged(target, results)[1], strict=True)
+        if state == MISSED
+    ]
+
+
 def page(results: Mapping[str, Any]) -> str:
     """The table and how many targets were reached."""
     states = [verdict(_judged(target, results)[1]) for target in read()]

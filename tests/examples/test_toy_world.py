@@ -209,6 +209,14 @@ def test_the_table_says_what_was_not_measured():
     assert table in page
 
 
+def test_a_miss_of_an_exact_target_is_told():
+    kills = {"num_differing": 2, "num_kills": 6}
+    assert targets.broken({"seeds": {"0": {"resume": kills}}}) == ["tensors that differ"]
+    assert not targets.broken({"seeds": {"0": {"resume": kills | {"num_differing": 0}}}})
+    slow = {"tau_0.95": {"accuracy": 0.5, "tokens_per_forward": 1.0}}
+    assert not targets.broken({"seeds": {"0": {"base": slow, "cap": slow}}})
+
+
 def test_every_stage_that_a_check_takes_is_one():
     seed = stages.Seed(pathlib.Path("/toy"), 0, 1.0)
     known = {*run_lib.full_stages(seed), "resume"}
