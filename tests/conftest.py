@@ -16,13 +16,11 @@ import pytest
 if "jax" in sys.modules:
     raise RuntimeError("jax was imported before tests/conftest.py could set its devices")
 # Tests compile many small programs and run each a few times: without LLVM's optimisations they take
-# less than half as long, and with the older way to emit fusions a sixth less again. What is
-# computed stays the same.
+# less than half as long. What is computed stays the same.
 _FLAGS = (
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
-    "--xla_cpu_use_fusion_emitters=false",
 )
 os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_FLAGS)).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
