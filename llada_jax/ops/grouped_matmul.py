@@ -132,12 +132,9 @@ def _tokamax_product(implementation: str) -> Callable[[Array, Array, Array], Arr
     kernel = "xla" if implementation == "tokamax_emulated" else "mosaic"
 
     def product(rows: Array, matrices: Array, group_sizes: Array) -> Array:
-        # As with megablox, what is no group's is written by none, gradients included.
-        is_owned = jnp.arange(rows.shape[0]) < jnp.sum(group_sizes)
-        rows = jnp.where(is_owned[:, None], rows, 0)
         try:
             return tokamax.ragged_dot(
-                rows,
+                _owned(rows, group_sizes),
                 matrices,
                 group_sizes,
                 preferred_element_type=rows.dtype,
@@ -153,11 +150,15 @@ def _tokamax_product(implementation: str) -> Callable[[Array, Array, Array], Arr
     return product
 
 
+def _owned(rows: Array, group_sizes: Array) -> Array:
+    """Zeros beyond the groups: kernels leave these rows unwritten, in gradients, too."""
+    is_owned = jnp.arange(rows.shape[0]) < jnp.sum(group_sizes)
+    return jnp.where(is_owned[:, None], rows, 0)
+
+
 def _megablox(rows: Array, matrices: Array, group_sizes: Array, *, interpret: bool) -> Array:
-    """The kernel leaves rows beyond the groups unwritten: in its result, and in its gradients."""
     num_rows = rows.shape[0]
-    is_owned = jnp.arange(num_rows) < jnp.sum(group_sizes)
-    rows = jnp.where(is_owned[:, None], rows, 0)
+    rows = _owned(rows, group_sizes)
     sizes = (num_rows, *matrices.shape[1:])
     tiles = tuple(
         min(tile, -(-size // _LANES) * _LANES)
