@@ -10,7 +10,8 @@ runs what it needs, in order: `examples.tiny_model.make_data`, `llada-data`, and
 "start" trains from fresh weights: autoregressive, blocks that grow, masked diffusion, blocks of 32.
 "tune" goes on from its model with the requests alone learnt, random tokens to be mended, and the
 confidence-aware term. "twin" is the left-to-right model of the same size that has read as many
-rows, in the same order. `:start,0.1` takes a tenth of the steps.
+rows, in the same order. `:start,0.1` takes a tenth of the steps, `:start,1,2` seed 2 instead of 0,
+whose folder is `seed_2`.
 
 Hardware: 2 CPU cores.
 """
@@ -30,15 +31,15 @@ TUNE = 1200
 
 
 def get_config(choice: str = "start") -> ConfigDict:
-    """A run by its name; after a comma the share of its steps that is taken."""
-    name, _, scale = choice.partition(",")
+    """A run by its name; after commas the share of its steps that is taken, and its seed."""
+    name, scale, seed, *more = [*choice.split(","), "", ""]
     runs = {"start": _start, "tune": _tune, "twin": _twin}
-    if name not in runs:
-        raise ValueError(f"{name!r} is not one of {', '.join(runs)}")
-    return ConfigDict(runs[name](float(scale or 1)))
+    if name not in runs or any(more):
+        raise ValueError(f"{choice!r}: expected one of {', '.join(runs)}, as NAME,SHARE,SEED")
+    return ConfigDict(runs[name](float(scale or 1), int(seed or 0)))
 
 
-def _start(scale: float) -> dict:
+def _start(scale: float, seed: int) -> dict:
     constant = {"kind": "constant", "peak": PEAK}
     blocks = {"objective": "block_diffusion"}
     phases = [
@@ -51,10 +52,10 @@ def _start(scale: float) -> dict:
         phase |= {"steps": max(round(START[phase["name"]] * scale), 1), "learning_rate": constant}
     phases[0]["learning_rate"] = constant | {"warmup_steps": max(round(50 * scale), 1)}
     phases[-1]["learning_rate"] = {"kind": "linear", "peak": PEAK, "floor": PEAK / 4}
-    return _run(phases, model=_fresh(), text_share=0.6)
+    return _run(phases, model=_fresh(), text_share=0.6, seed=2 * seed)
 
 
-def _tune(scale: float) -> dict:
+def _tune(scale: float, seed: int) -> dict:
     phase = {
         "name": "tune",
         "objective": "block_diffusion",
@@ -67,7 +68,10 @@ def _tune(scale: float) -> dict:
             "warmup_steps": max(round(50 * scale), 1),
         },
     }
-    run = _run([phase], model={"init_from": f"{ROOT}/start/model"}, text_share=0.25)
+    start = f"{ROOT}/seed_{seed}/start" if seed else f"{ROOT}/start"
+    model = {"init_from": f"{start}/model"}
+    # The first run's seed is even, the second's the odd one behind it: no noise is drawn twice.
+    run = _run([phase], model=model, text_share=0.25, seed=2 * seed + 1)
     # Levels above the lowest, all of a row's masks weighing the same, as public fine-tuning does.
     run["noise"] = {
         "low": 0.2,
@@ -77,12 +81,11 @@ def _tune(scale: float) -> dict:
         "keep_weight": 0.2,
     }
     run["loss"] = {"cap_weight": 0.5}
-    run["seed"] = run["data"]["seed"] = 1
     return run
 
 
-def _twin(scale: float) -> dict:
-    run = _start(scale)
+def _twin(scale: float, seed: int) -> dict:
+    run = _start(scale, seed)
     steps = sum(phase["steps"] for phase in run["phases"])
     fall = run["phases"][-1]["steps"]
     rate = run["phases"][0]["learning_rate"]
@@ -97,7 +100,7 @@ def _twin(scale: float) -> dict:
     return run
 
 
-def _run(phases: list[dict], *, model: dict, text_share: float) -> dict:
+def _run(phases: list[dict], *, model: dict, text_share: float, seed: int) -> dict:
     """A run; of the text most is the library's, since sketches stand in the requests as well."""
     packing = {"row_length": ROW, "block_length": BLOCK, "long_documents": "drop"}
     shares = {
@@ -108,10 +111,10 @@ def _run(phases: list[dict], *, model: dict, text_share: float) -> dict:
     sources = [{"path": f"{DATA}/tokens/{name}", "weight": w} for name, w in shares.items()]
     heldout = [{"path": f"{DATA}/tokens/{name}.dev"} for name in ("functions", "sketches", "chat")]
     return {
-        "seed": 0,
+        "seed": seed,
         "batch_size": 16,
         "model": model | {"tokenizer": f"{DATA}/tokenizer"},
-        "data": {"sources": sources, "packing": packing, "seed": 0},
+        "data": {"sources": sources, "packing": packing, "seed": seed},
         "phases": phases,
         "noise": {"low": 0.1},
         "optimizer": {"b2": 0.98, "weight_decay": 0.05},

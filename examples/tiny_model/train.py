@@ -5,6 +5,8 @@
 Data, tokens, the two runs of `configs/tiny_python.py`, and the export to the published layout in
 bfloat16. It may be stopped at any time: the same command goes on, in the middle of a run from its
 newest checkpoint. With --twin it trains the left-to-right model that infilling is compared with.
+With --seed other weights, rows and noise are drawn, on the same data; all but seed 0, which is
+shipped, lie in `seed_N`.
 """
 
 import argparse
@@ -28,19 +30,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.add_argument("--root", type=pathlib.Path, default=pathlib.Path("build/tiny_model"))
     flags.add_argument("--scale", default="1", help="share of the steps, for a trial")
     flags.add_argument("--twin", action="store_true", help="the left-to-right model instead")
+    flags.add_argument("--seed", type=int, default=0)
     args = flags.parse_args(argv)
     root: pathlib.Path = args.root
+    runs = root / f"seed_{args.seed}" if args.seed else root
     make_data(root / "data")
     for name in ("twin",) if args.twin else ("start", "tune"):
-        target = root / name
+        target = runs / name
         if not (target / "model").exists():
-            config = f"{CONFIG}:{name},{args.scale}"
+            config = f"{CONFIG}:{name},{args.scale},{args.seed}"
             run("llada_jax.cli.train", "--config", config, "--workdir", target, root=root)
             if not (target / "model").exists():
                 raise SystemExit("ended early, as asked; the same command goes on")
-    if not args.twin and not (root / "hf").exists():
+    if not args.twin and not (runs / "hf").exists():
         flag = ("--dtype", "bfloat16")
-        run("llada_convert.cli", "export", root / "tune/model", root / "hf", *flag, root=root)
+        run("llada_convert.cli", "export", runs / "tune/model", runs / "hf", *flag, root=root)
 
 
 def make_data(data: pathlib.Path) -> None:
