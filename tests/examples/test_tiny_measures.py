@@ -1,5 +1,6 @@
 """The measuring commands of the small model, against what can be worked out by hand."""
 
+import json
 import math
 import types
 
@@ -8,14 +9,14 @@ import numpy as np
 import pytest
 
 from configs import tiny_python
-from examples.tiny_model import infill, ngram, repair, results
+from examples.tiny_model import infill, ngram, repair, results, seeds
 from llada_jax.diffusion import unmask
 from llada_jax.train import options
 
 VOCAB, SIZE, MASK, PAD = 12, 4, 10, 11
 
 
-@pytest.mark.parametrize("choice", ["start", "tune", "twin", "start,0.01"])
+@pytest.mark.parametrize("choice", ["start", "tune", "twin", "start,0.01", "tune,1,2"])
 def test_every_run_of_the_config_is_one(choice):
     config = tiny_python.get_config(choice)
     assert isinstance(config, ml_collections.ConfigDict)
@@ -28,8 +29,23 @@ def test_the_twin_takes_as_many_steps_as_the_first_run():
         return options.from_mapping(tiny_python.get_config(choice).to_dict()).num_steps
 
     assert steps("twin") == steps("start")
-    with pytest.raises(ValueError, match="not one of start, tune, twin"):
-        tiny_python.get_config("other")
+    for wrong in ("other", "start,1,2,3"):
+        with pytest.raises(ValueError, match="expected one of start, tune, twin"):
+            tiny_python.get_config(wrong)
+
+
+def test_no_two_runs_draw_the_same_noise():
+    configs = [
+        tiny_python.get_config(f"{name},1,{s}") for s in range(3) for name in ("start", "tune")
+    ]
+    drawn = [(cfg.seed, cfg.data.seed) for cfg in configs]
+    assert drawn == [(i, i) for i in range(6)]
+    starts = [cfg.model.init_from for cfg in configs[1::2]]
+    assert [s.partition("tiny_model/")[2] for s in starts] == [
+        "start/model",
+        "seed_1/start/model",
+        "seed_2/start/model",
+    ]
 
 
 def documents(rng: np.random.Generator, count: int) -> list[list[int]]:
@@ -152,3 +168,67 @@ def test_intervals_hold_the_share_and_shrink():
     assert results.interval(450, 500)[0] > low
     assert results.interval(0, 20)[0] == pytest.approx(0, abs=1e-12)
     assert results.interval(20, 20)[1] == pytest.approx(1)
+
+
+def a_run(folder, *, exact, edits, bound):
+    """Figures as the measuring commands write them; of thresholds the middle one is best."""
+    folder.mkdir()
+    tasks = {"sort": {"exact": 0.5}, "reverse": {"exact": exact}}
+    settings = {
+        f"threshold {t}": {"learnt": {"exact": share, "tokens_per_forward": speed}}
+        for t, share, speed in ((0.5, 0.8, 5.0), (0.8, 0.892, 4.0), (0.9, 0.9, 3.5), (0.99, 0.9, 2))
+    }
+    settings |= {
+        name: {"learnt": {"exact": 0.885, "tokens_per_forward": 3.0}}
+        for name in ("speed", "quality")
+    }
+    text = {
+        "unigram": 5.0,
+        "trigram": 3.0,
+        "bound_32": {"nats": bound, "standard_error": 0.01},
+    }
+    files = {
+        "accuracy_dev": {
+            "split": "dev",
+            "tasks": {"sort": {"exact": 0.4}, "reverse": {"exact": 1}},
+        },
+        "accuracy": {"tasks": tasks},
+        "thresholds": {"learnt": ["reverse"], "settings": settings},
+        "repair": {
+            "presets": {
+                name: {"recovered": 0.85, "false_edits": edits} for name in ("speed", "quality")
+            }
+        },
+        "experts": {"layers": [{"largest": 1.2, "dead": 0}, {"largest": 1.5, "dead": 1}]},
+        "likelihood": {"text": {"functions": text, "sketches": text}},
+        "infill": {"lengths": {str(n): {"both sides": {"exact": 0.5}} for n in infill.LENGTHS}},
+    }
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_runs_are_compared_with_each_goal(tmp_path):
+    folders = [
+        a_run(tmp_path / "0", exact=0.95, edits=0.02, bound=2.9),
+        a_run(tmp_path / "1", exact=0.85, edits=0.04, bound=3.1),
+    ]
+    seeds.main([*map(str, folders), "--out", str(tmp_path / "seeds")])
+    found = json.loads((tmp_path / "seeds.json").read_text())["measures"]
+    assert found["bound, library functions, nats per token"] == {
+        "goal": "< 3.000",
+        "values": [2.9, 3.1],
+        "reached": 1,
+    }
+    assert found["`reverse`, exact on test, %"]["reached"] == 1
+    assert "`sort`, exact on test, %" not in found
+    assert found["tokens per forward within a point of the best accuracy"]["values"] == [4.0, 4.0]
+    assert found["`speed`, points below the best threshold"]["values"] == pytest.approx([1.5, 1.5])
+    assert found["`speed`, points below the best threshold"]["reached"] == 0
+    assert found["`quality`, right tokens changed, %"]["reached"] == 1
+    assert found["load of the experts, dead"]["values"] == [1, 1]
+    assert found["load of the experts, dead"]["reached"] == 0
+    assert (tmp_path / "seeds.png").stat().st_size > 1000
+    (folders[1] / "repair.json").unlink()
+    with pytest.raises(SystemExit, match=r"repair\.json: no such figures"):
+        seeds.main([*map(str, folders), "--out", str(tmp_path / "seeds")])
