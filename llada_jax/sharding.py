@@ -33,6 +33,8 @@ class AxisRules:
       mlp: inner dimension of MLPs and experts.
       expert: routed experts.
       vocab: rows of the embedding and of the head.
+      tables: the one of the axes of `embed`, the last, whose ranks divide the embedding and the
+        head while these are used, too (`ops.vocab_tables`); else each has them whole.
     """
 
     batch: MeshAxes = ("data", "fsdp")
@@ -44,6 +46,7 @@ class AxisRules:
     mlp: MeshAxes = "tensor"
     expert: MeshAxes = "expert"
     vocab: MeshAxes = "tensor"
+    tables: str | None = None
 
     def spec(self, *logical_axes: str | None) -> P:
         """The partition of an array whose dimensions have these logical axes.
@@ -69,7 +72,10 @@ SERVE_RULES = AxisRules()
 # Training splits rows over all ranks but those of `tensor`, and shares parameters and optimizer
 # state over all that see different rows.
 TRAIN_RULES = AxisRules(
-    batch=("data", "fsdp", "expert"), embed=("fsdp", "expert"), expert_embed="fsdp"
+    batch=("data", "fsdp", "expert"),
+    embed=("fsdp", "expert"),
+    expert_embed="fsdp",
+    tables="expert",
 )
 # For rows that are too long for one rank: those of `expert` share rows, and each has a part of
 # their positions. Parameters lie as above, so that states and checkpoints go from one to the other.

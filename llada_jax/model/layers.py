@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from llada_jax import config, sharding
-from llada_jax.ops import norm_rope, shared_weights
+from llada_jax.ops import norm_rope, shared_weights, vocab_tables
 
 
 class ExpertBias(nnx.Variable):
@@ -115,7 +115,7 @@ class Embed(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Rows of the table."""
-        return shared_weights.rows(self.kernel[...], tokens, rules=self.rules)
+        return vocab_tables.lookup(self.kernel[...], tokens, rules=self.rules)
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Scores of every vocabulary entry: computed in the dtype of `x`, returned as float32."""

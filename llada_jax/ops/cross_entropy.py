@@ -1,11 +1,13 @@
 """Likelihood and entropy of target tokens, without ever holding the logits of a whole sequence.
 
 The head is applied to chunks of positions, forward and again backward; between the two only one
-float32 per position is kept. The vocabulary may be split over the mesh.
+float32 per position is kept. The vocabulary may be split over the mesh, and ranks with tokens of
+their own may divide it between them (`vocab_tables`): each then scores the tokens of all.
 
 Dimension letters: `Q` positions of a chunk.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -14,7 +16,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from llada_jax import sharding
-from llada_jax.ops import shared_weights
+from llada_jax.ops import shared_weights, vocab_tables
 
 # Of the head's kernel.
 _AXES = ("vocab", "embed")
@@ -75,25 +77,28 @@ def _statistics(hidden, kernel, targets, chunk, with_entropy, rules):
 def _forward(hidden, kernel, targets, chunk, with_entropy, rules):
     """Keeps the entropy and the logarithm of the softmax's denominator of each position."""
     rows, row_vectors = rules.spec("batch", "length"), rules.spec("batch", "length", None)
+    vocabulary = _Vocabulary(kernel.shape[0], rules)
 
     @functools.partial(
         jax.shard_map,
-        in_specs=(row_vectors, rules.spec("vocab", None), rows),
+        in_specs=(row_vectors, vocab_tables.head_spec(rules), rows),
         out_specs=(rows,) * 4,
         check_vma=False,
     )
     def local(hidden, kernel, targets):
-        axes = sharding.axis_names(rules.vocab)
+        axes = vocabulary.axes
 
         def body(i, out):
-            hidden_chunk, target_chunk = (_chunk(a, i, chunk) for a in (padded, padded_targets))
-            logits = _logits(hidden_chunk, kernel)
+            hidden_chunk, target_chunk = (
+                vocab_tables.gathered(_chunk(a, i, chunk), rules) for a in (padded, padded_targets)
+            )
+            logits = vocabulary.logits(hidden_chunk, kernel)
             maximum = _reduce(jax.lax.pmax, jnp.max(logits, axis=-1), axes)
             total = _reduce(
                 jax.lax.psum, jnp.sum(jnp.exp(logits - maximum[..., None]), axis=-1), axes
             )
             log_total = maximum + jnp.log(total)
-            is_target = _is_target(target_chunk, kernel.shape[0], axes)
+            is_target = target_chunk[..., None] == vocabulary.ids(kernel)
             target_logit = _reduce(
                 jax.lax.psum, jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1), axes
             )
@@ -103,6 +108,7 @@ def _forward(hidden, kernel, targets, chunk, with_entropy, rules):
                 entropy = jnp.sum(jnp.exp(-surprise) * surprise, axis=-1)
                 entropy = _reduce(jax.lax.psum, entropy, axes)
             new = (log_total - target_logit, target_logit >= maximum, entropy, log_total)
+            new = (vocab_tables.own(a, rules) for a in new)
             return tuple(_with_chunk(a, b, i, chunk) for a, b in zip(out, new, strict=True))
 
         padded, padded_targets = (_padded(a, chunk) for a in (hidden, targets))
@@ -114,7 +120,8 @@ def _forward(hidden, kernel, targets, chunk, with_entropy, rules):
 
     # The head is gathered once the hidden states are there: earlier, it would lie beside them.
     hidden, kernel = jax.lax.optimization_barrier((hidden, kernel))
-    nll, is_correct, entropy, log_total = local(hidden, _whole(kernel, rules), targets)
+    head = vocab_tables.head_rows(kernel, rules)
+    nll, is_correct, entropy, log_total = local(hidden, head, targets)
     out = TokenStatistics(nll=nll, is_correct=is_correct, entropy=entropy)
     return out, (hidden, kernel, targets, entropy, log_total)
 
@@ -126,16 +133,16 @@ def _backward(chunk, with_entropy, rules, residuals, d_out):
     d H / d logit_v is -p_v (log p_v + H).
     """
     rows, row_vectors = rules.spec("batch", "length"), rules.spec("batch", "length", None)
-    kernel_spec = rules.spec("vocab", None)
+    hidden, kernel, targets, entropy, log_total = residuals
+    vocabulary = _Vocabulary(kernel.shape[0], rules)
 
     @functools.partial(
         jax.shard_map,
-        in_specs=(row_vectors, kernel_spec, *(rows,) * 5),
+        in_specs=(row_vectors, vocab_tables.head_spec(rules), *(rows,) * 5),
         out_specs=(row_vectors, shared_weights.gradient_spec(_AXES, rules)),
         check_vma=False,
     )
     def local(hidden, kernel, targets, entropy, log_total, d_nll, d_entropy):
-        axes = sharding.axis_names(rules.vocab)
         length = targets.shape[1]
         arrays = (hidden, targets, entropy, log_total, d_nll, d_entropy)
         arrays = tuple(_padded(a, chunk) for a in arrays)
@@ -143,11 +150,11 @@ def _backward(chunk, with_entropy, rules, residuals, d_out):
         def body(i, out):
             d_hidden, d_kernel = out
             hidden, targets, entropy, log_total, d_nll, d_entropy = (
-                _chunk(a, i, chunk) for a in arrays
+                vocab_tables.gathered(_chunk(a, i, chunk), rules) for a in arrays
             )
-            log_p = _logits(hidden, kernel) - log_total[..., None]
+            log_p = vocabulary.logits(hidden, kernel) - log_total[..., None]
             p = jnp.exp(log_p)
-            is_target = _is_target(targets, kernel.shape[0], axes)
+            is_target = targets[..., None] == vocabulary.ids(kernel)
             d_logits = d_nll[..., None] * (p - is_target)
             if with_entropy:
                 d_logits -= d_entropy[..., None] * p * (log_p + entropy[..., None])
@@ -156,7 +163,8 @@ def _backward(chunk, with_entropy, rules, residuals, d_out):
             d_chunk = jnp.einsum(
                 "bqv,vd->bqd", d_logits, kernel, preferred_element_type=jnp.float32
             )
-            d_chunk = _reduce(jax.lax.psum, d_chunk, axes).astype(hidden.dtype)
+            d_chunk = _reduce(jax.lax.psum, d_chunk, sharding.axis_names(rules.vocab))
+            d_chunk = vocab_tables.own_sum(d_chunk, rules).astype(hidden.dtype)
             d_kernel += jnp.einsum(
                 "bqv,bqd->vd", d_logits, hidden, preferred_element_type=jnp.float32
             )
@@ -164,14 +172,12 @@ def _backward(chunk, with_entropy, rules, residuals, d_out):
 
         zeros = jnp.zeros_like(arrays[0]), jnp.zeros(kernel.shape, jnp.float32)
         d_hidden, d_kernel = jax.lax.fori_loop(0, arrays[1].shape[1] // chunk, body, zeros)
-        d_kernel = shared_weights.scattered_sum(d_kernel, _AXES, rules)
+        d_kernel = vocab_tables.head_gradient(d_kernel, vocabulary.shard_rows, rules)
         return d_hidden[:, :length], d_kernel.astype(kernel.dtype)
 
-    hidden, kernel, targets, entropy, log_total = residuals
-    d_hidden, d_kernel = local(
-        hidden, _whole(kernel, rules), targets, entropy, log_total, d_out.nll, d_out.entropy
-    )
-    # The head's gradient, whole on each rank, is scattered before the layers' backward pass begins.
+    head = vocab_tables.head_rows(kernel, rules)
+    d_hidden, d_kernel = local(hidden, head, targets, entropy, log_total, d_out.nll, d_out.entropy)
+    # The head's gradient is scattered before the layers' backward pass begins.
     d_kernel = jax.reshard(d_kernel, rules.spec(*_AXES))
     d_hidden, d_kernel = jax.lax.optimization_barrier((d_hidden, d_kernel))
     return d_hidden, d_kernel, None
@@ -180,19 +186,45 @@ def _backward(chunk, with_entropy, rules, residuals, d_out):
 _statistics.defvjp(_forward, _backward)
 
 
-def _whole(kernel: Float[Array, "V D"], rules: sharding.AxisRules) -> Float[Array, "V D"]:
-    return shared_weights.whole(kernel, _AXES, rules)
+@dataclasses.dataclass(frozen=True)
+class _Vocabulary:
+    """Which part of the vocabulary a rank scores; methods are for use within `jax.shard_map`.
 
+    Attributes:
+      size: of the whole vocabulary.
+      rules: how it is split.
+    """
 
-def _logits(hidden: Float[Array, "B Q D"], kernel: Float[Array, "V D"]) -> Float[Array, "B Q V"]:
-    return jnp.einsum("bqd,vd->bqv", hidden, kernel).astype(jnp.float32)
+    size: int
+    rules: sharding.AxisRules
 
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Mesh axes whose ranks have different parts."""
+        return sharding.axis_names(vocab_tables.head_spec(self.rules)[0])
 
-def _is_target(
-    targets: Int[Array, "B Q"], vocab_size: int, axes: tuple[str, ...]
-) -> Bool[Array, "B Q V"]:
-    first = jax.lax.axis_index(axes) * vocab_size if axes else 0
-    return targets[..., None] - first == jnp.arange(vocab_size)
+    @property
+    def shard_rows(self) -> int:
+        """Rows of a shard along `vocab`."""
+        return self.size // sharding.axis_size(self.rules.vocab)
+
+    def ids(self, kernel: Float[Array, "u D"]) -> Int[Array, "u"]:
+        """Token ids of this rank's rows; -1 for those that only fill up."""
+        shard = sharding.axis_index(self.rules.vocab)
+        places = jnp.arange(kernel.shape[0])
+        if vocab_tables.is_divided(self.rules):
+            places += jax.lax.axis_index(self.rules.tables) * kernel.shape[0]
+        return jnp.where(places < self.shard_rows, shard * self.shard_rows + places, -1)
+
+    def logits(
+        self, hidden: Float[Array, "b Q D"], kernel: Float[Array, "u D"]
+    ) -> Float[Array, "b Q u"]:
+        """This rank's logits, in float32."""
+        logits = jnp.einsum("bqd,vd->bqv", hidden, kernel).astype(jnp.float32)
+        if self.size == kernel.shape[0] * sharding.axis_size(self.axes):
+            return logits
+        # Finite, since the entropy multiplies it by a probability of zero.
+        return jnp.where(self.ids(kernel) >= 0, logits, jnp.finfo(jnp.float32).min / 2)
 
 
 def _reduce(collective, value: Array, axes: tuple[str, ...]) -> Array:

@@ -4,6 +4,7 @@ Dimension letters: `G` experts of a layer, `A` of a stack of layers, `M` choices
 """
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -24,8 +25,9 @@ def local_experts(
     implementation: str,
     max_rows: int | None = None,
     rows_at_once: int | None = None,
+    dtype: Any = jnp.float32,
 ) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
-    """The weighted sum of what these experts make of the tokens, in float32.
+    """The weighted sum of what these experts make of the tokens.
 
     Args:
       x: tokens.
@@ -40,6 +42,7 @@ def local_experts(
       max_rows: choices that fall to these experts at most; by default all.
       rows_at_once: choices whose products are in memory at a time. More are computed in turn, so
         an uneven load costs time and drops nothing.
+      dtype: of the sums, which are taken in float32 and rounded once.
 
     Returns:
       out: the sums.
@@ -57,6 +60,7 @@ def local_experts(
         implementation=implementation,
         alignment=alignment,
         window=window,
+        dtype=dtype if window == num_rows else jnp.float32,
     )
     is_local = (indices >= 0) & (indices < num_experts)
     groups = jnp.where(is_local, indices, num_experts)
@@ -75,7 +79,8 @@ def local_experts(
     if window == num_rows:
         return part(jnp.int32(0), *inputs)
     count = jnp.maximum(-(-jnp.sum(sizes) // window), 1)
-    return partial_sums.sum_of_parts(part, count, *inputs)
+    out, num_computed = partial_sums.sum_of_parts(part, count, *inputs)
+    return out.astype(dtype), num_computed
 
 
 def _rows_in_window(
@@ -90,6 +95,7 @@ def _rows_in_window(
     implementation: str,
     alignment: int,
     window: int,
+    dtype: Any,
 ) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
     """The share of the choices at positions k * window and on, up to the next window."""
     first = k * window
@@ -106,7 +112,8 @@ def _rows_in_window(
         row_alignment=alignment,
         implementation=implementation,
     )
-    return placement.tokens_of_rows(out, weights, rows), _rows_computed(rows, groups, bounds)
+    out = placement.tokens_of_rows(out, weights, rows, dtype)
+    return out, _rows_computed(rows, groups, bounds)
 
 
 def _rows_computed(

@@ -3,6 +3,10 @@
 Dimension letters: `M` rows, `S` rows of a token.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -10,6 +14,8 @@ from jaxtyping import Array, Float, Int
 
 # Where there is no row, or no token: out of every range.
 NOWHERE = jnp.iinfo(jnp.int32).max
+# Tokens whose rows are gathered at once, to be summed.
+_TOKENS_AT_ONCE = 4096
 
 
 @struct.dataclass
@@ -54,49 +60,79 @@ def rows_of_tokens(x: Float[Array, "T D"], placement: Placement) -> Float[Array,
 
 
 def _rows_backward(placement: Placement, d_rows: Array):
-    return _sum_over_rows(d_rows, placement.places).astype(d_rows.dtype), None
+    return _sum_over_rows(d_rows, placement.places, None, d_rows.dtype), None
 
 
 rows_of_tokens.defvjp(lambda x, rows: (rows_of_tokens(x, rows), rows), _rows_backward)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def tokens_of_rows(
-    rows: Float[Array, "M D"], weights: Float[Array, "T S"], placement: Placement
+    rows: Float[Array, "M D"],
+    weights: Float[Array, "T S"],
+    placement: Placement,
+    dtype: Any = jnp.float32,
 ) -> Float[Array, "T D"]:
-    """The weighted sum of each token's rows, in float32."""
-    return _sum_over_rows(rows, placement.places, weights)
+    """The weighted sum of each token's rows, in float32 and rounded once to `dtype`."""
+    return _sum_over_rows(rows, placement.places, weights, dtype)
 
 
 def _sum_over_rows(
     rows: Float[Array, "M D"],
     places: Int[Array, "T S"],
-    weights: Float[Array, "T S"] | None = None,
+    weights: Float[Array, "T S"] | None,
+    dtype: Any,
 ) -> Float[Array, "T D"]:
-    """One row of each token at a time: all together they would be S times as large."""
-    total = jnp.zeros((places.shape[0], rows.shape[1]), jnp.float32)
-    for s in range(places.shape[1]):
-        row = take(rows, places[:, s]).astype(jnp.float32)
-        total += row if weights is None else row * weights[:, s, None]
-    return total
+    def of_tokens(places: Array, *weights: Array) -> Array:
+        total = jnp.zeros((places.shape[0], rows.shape[1]), jnp.float32)
+        for s in range(places.shape[1]):
+            row = take(rows, places[:, s]).astype(jnp.float32)
+            total += row * weights[0][:, s, None] if weights else row
+        return total.astype(dtype)
+
+    return _some_at_once(of_tokens, places, *(() if weights is None else (weights,)))
 
 
-def _tokens_forward(rows, weights, placement):
-    return tokens_of_rows(rows, weights, placement), (rows, weights, placement)
+def _some_at_once(of_tokens: Callable[..., Array], *arrays: Array) -> Array:
+    """of_tokens(*arrays), for a part of the tokens after the other where they are many.
+
+    The compiler gathers all rows of a token before it adds the first two of them. Of all tokens
+    together these are S times as large as the sum, and were what a training step held most of.
+    """
+    num_tokens = arrays[0].shape[0]
+    if num_tokens <= _TOKENS_AT_ONCE:
+        return of_tokens(*arrays)
+    least = -(-num_tokens // _TOKENS_AT_ONCE)
+    even = (n for n in range(least, 2 * least + 1) if num_tokens % (8 * n) == 0)
+    count = next(even, least)
+    fill = -num_tokens % count  # The first tokens once more, to be cut off.
+    if fill:
+        arrays = tuple(jnp.concatenate([a, a[:fill]]) for a in arrays)
+    parts = tuple(jnp.reshape(a, (count, -1, *a.shape[1:])) for a in arrays)
+    out = jax.lax.map(lambda part: of_tokens(*part), parts)
+    return jnp.reshape(out, (-1, *out.shape[2:]))[:num_tokens]
 
 
-def _tokens_backward(residuals, d_tokens):
+def _tokens_forward(rows, weights, placement, dtype):
+    return tokens_of_rows(rows, weights, placement, dtype), (rows, weights, placement)
+
+
+def _tokens_backward(dtype, residuals, d_tokens):
     rows, weights, placement = residuals
     weight = take(weights.reshape(-1), placement.choices)
     # Gathered in the rows' dtype, to which callers round the sum, so that nothing is lost: float32
     # copies for every row were the largest arrays of a training step.
     d_own = take(d_tokens.astype(rows.dtype), placement.tokens).astype(jnp.float32)
     d_rows = (d_own * weight[:, None]).astype(rows.dtype)
-    d_weights = [
-        jnp.sum(take(rows, placement.places[:, s]).astype(jnp.float32) * d_tokens, axis=1)
-        for s in range(weights.shape[1])
-    ]
-    return d_rows, jnp.stack(d_weights, axis=1), None
+
+    def d_weights(places: Array, d_tokens: Array) -> Array:
+        products = [
+            jnp.sum(take(rows, place).astype(jnp.float32) * d_tokens.astype(jnp.float32), axis=1)
+            for place in places.T
+        ]
+        return jnp.stack(products, axis=1)
+
+    return d_rows, _some_at_once(d_weights, placement.places, d_tokens), None
 
 
 tokens_of_rows.defvjp(_tokens_forward, _tokens_backward)

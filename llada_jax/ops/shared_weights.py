@@ -9,8 +9,7 @@ import functools
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from llada_jax import sharding
 
@@ -35,25 +34,16 @@ def product(
       precision: of the products.
     """
     how = (tuple(axes), num_in, rules, precision)
-    if not _is_scattered(rules):
+    if not is_scattered(rules):
         return _contract(x, whole(kernel, axes, rules), *how)
     return _product(x, kernel, how)
-
-
-def rows(
-    table: Float[Array, "V D"], tokens: Int[Array, "B T"], *, rules: sharding.AxisRules
-) -> Float[Array, "B T D"]:
-    """Rows of a table whose axes are `vocab` and `embed`."""
-    if not _is_scattered(rules):
-        return _take_rows(table, tokens, rules)
-    return _rows(table, tokens, rules)
 
 
 def whole(
     kernel: Float[Array, "..."], axes: Sequence[str | None], rules: sharding.AxisRules
 ) -> Float[Array, "..."]:
     """The kernel gathered along `embed`; the identity where nothing is shared."""
-    return jax.reshard(kernel, rules.spec(*(None if a == "embed" else a for a in axes)))
+    return jax.reshard(kernel, _whole_spec(axes, rules))
 
 
 def scattered_sum(
@@ -70,7 +60,7 @@ def scattered_sum(
       rules: how the arrays are split over the mesh.
     """
     summed = rules.token_axes
-    if _is_scattered(rules):
+    if is_scattered(rules):
         for name in sharding.axis_names(rules.embed):
             gradient = jax.lax.psum_scatter(
                 gradient, name, scatter_dimension=list(axes).index("embed"), tiled=True
@@ -81,11 +71,11 @@ def scattered_sum(
 
 def gradient_spec(axes: Sequence[str | None], rules: sharding.AxisRules) -> jax.P:
     """The kernel's own partition, but whole along `embed` where ranks that share it are alike."""
-    names = axes if _is_scattered(rules) else (None if a == "embed" else a for a in axes)
+    names = axes if is_scattered(rules) else (None if a == "embed" else a for a in axes)
     return rules.spec(*names)
 
 
-def _is_scattered(rules: sharding.AxisRules) -> bool:
+def is_scattered(rules: sharding.AxisRules) -> bool:
     """Whether ranks share parameters, and all that do have tokens of their own."""
     embed = sharding.axis_names(rules.embed)
     return sharding.axis_size(rules.embed) > 1 and set(embed) <= set(rules.token_axes)
@@ -108,9 +98,34 @@ def _contract(x, kernel, axes, num_in, rules, precision):
     )
 
 
+def _gathered(kernel, axes, rules):
+    """As `whole`, one mesh axis after the other, for the same reason as in `scattered_sum`.
+
+    Its transpose would sum over ranks that are alike, so that it is for use where none is taken.
+    """
+
+    @functools.partial(
+        jax.shard_map,
+        in_specs=rules.spec(*axes),
+        out_specs=_whole_spec(axes, rules),
+        check_vma=False,
+    )
+    def local(kernel):
+        # The last axis splits what the ones before it have split.
+        for name in reversed(sharding.axis_names(rules.embed)):
+            kernel = jax.lax.all_gather(kernel, name, axis=axes.index("embed"), tiled=True)
+        return kernel
+
+    return local(kernel) if "embed" in axes else kernel
+
+
+def _whole_spec(axes, rules):
+    return rules.spec(*(None if a == "embed" else a for a in axes))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x, kernel, how):
-    return _contract(x, whole(kernel, how[0], how[2]), *how)
+    return _contract(x, _gathered(kernel, how[0], how[2]), *how)
 
 
 def _product_forward(x, kernel, how):
@@ -124,7 +139,7 @@ def _product_backward(how, residuals, d_out):
     num_out = kernel.ndim - num_in
     d_x = jax.lax.dot_general(
         d_out,
-        whole(kernel, axes, rules),
+        _gathered(kernel, axes, rules),
         ((tuple(range(2, 2 + num_out)), tuple(range(num_in, kernel.ndim))), ((), ())),
         precision=precision,
         out_sharding=in_spec,
@@ -145,41 +160,3 @@ def _product_backward(how, residuals, d_out):
 
 
 _product.defvjp(_product_forward, _product_backward)
-
-
-def _take_rows(table, tokens, rules):
-    table = whole(table, ("vocab", "embed"), rules)
-    return table.at[tokens].get(out_sharding=rules.spec("batch", "length", None))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _rows(table, tokens, rules):
-    return _take_rows(table, tokens, rules)
-
-
-def _rows_forward(table, tokens, rules):
-    return _rows(table, tokens, rules), (tokens, table)
-
-
-def _rows_backward(rules, residuals, d_rows):
-    tokens, table = residuals
-    num_ranks = sharding.axis_size(rules.vocab)
-
-    @functools.partial(
-        jax.shard_map,
-        in_specs=(rules.spec("batch", "length"), rules.spec("batch", "length", None)),
-        out_specs=rules.spec("vocab", "embed"),
-        check_vma=False,
-    )
-    def local(tokens, d_rows):
-        num_rows = table.shape[0] // num_ranks
-        places = tokens - sharding.axis_index(rules.vocab) * num_rows
-        # Other ranks' rows are past the end: a negative index would count from there.
-        places = jnp.where((places >= 0) & (places < num_rows), places, num_rows)
-        d_table = jnp.zeros((num_rows, table.shape[1]), d_rows.dtype)
-        return scattered_sum(d_table.at[places].add(d_rows, mode="drop"), ("vocab", "embed"), rules)
-
-    return local(tokens, d_rows).astype(table.dtype), None
-
-
-_rows.defvjp(_rows_forward, _rows_backward)

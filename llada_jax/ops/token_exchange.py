@@ -237,8 +237,9 @@ def _round(
         group_offset=group_offset,
         implementation=implementation,
         max_rows=max_choices,
+        dtype=x.dtype,
     )
-    back = exchange.back(there.astype(x.dtype))
+    back = exchange.back(there)
     out = placement.tokens_of_rows(back, jnp.ones(places.shape, jnp.float32), sent)
     return out, num_computed
 

@@ -81,8 +81,9 @@ def training(
     """Bytes of a training step on one device.
 
     - State: parameters and both moments are read and written, the gradient written and read.
-    - Weights: read once per pass, in the dtype of the computation and whole along `embed`: forward,
-      backward, and once more where remat computes the layer again; for every part of the batch.
+    - Weights: read once per pass, in the dtype of the computation and as they are multiplied, whole
+      along `embed` or a rank's rows of the head: forward, backward, and once more where remat
+      computes the layer again; for every part of the batch.
     - Saved activations: written and read.
 
     Args:

@@ -12,13 +12,15 @@ import numpy as np
 from llada_jax import sharding
 from llada_jax.diffusion import objective
 from llada_jax.model import transformer
+from llada_jax.ops import vocab_tables
 from llada_jax.plan import program as program_lib
 from llada_jax.plan import traffic
 from llada_jax.train import architecture, flops, goals, optimizer, options
 from llada_jax.train import state as state_lib
 from llada_jax.train import step as step_lib
 
-# Parameters as a layer multiplies them: training shares them over `embed`, and gathers that.
+# Parameters as a layer multiplies them: training shares them over `embed`, and gathers that, but of
+# the embedding and the head.
 _WHOLE = dataclasses.replace(sharding.TRAIN_RULES, embed=None, expert_embed=None)
 
 
@@ -73,6 +75,11 @@ def training_program(
                 has_embedding_noise=goals.embedding_noise(cfg, first_step) > 0,
             )
         whole = transformer.abstract_model(model_cfg.replace(dtype=cfg.compute.dtype), _WHOLE)
+        weight_bytes = program_lib.device_bytes(whole)
+        if vocab_tables.is_divided(model.rules):
+            divided = [m for m in (whole.embed, whole.lm_head) if m is not None]
+            tables = program_lib.device_bytes(divided)
+            weight_bytes -= tables - tables // sharding.axis_size(model.rules.tables)
     rows_sharding = jax.sharding.NamedSharding(mesh, model.rules.spec("batch"))
     has_clean, block = goals.mask_shape(chosen)
     copies = goals.copies(goal)
@@ -130,7 +137,7 @@ def training_program(
         tokens=tokens,
         hbm_bytes=traffic.training(
             state_bytes=program_lib.device_bytes(state.params),
-            weight_bytes=program_lib.device_bytes(whole),
+            weight_bytes=weight_bytes,
             saved_bytes=saved or 0.0,
             compute=cfg.compute,
             accumulation=cfg.accumulation,

@@ -3,7 +3,6 @@
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -20,7 +19,7 @@ RULES = sharding.TRAIN_RULES
 LONG = sharding.LONG_RULES
 # Ranks of `expert` share parameters and see the same rows.
 ALIKE = sharding.AxisRules(embed=("fsdp", "expert"))
-BATCH, LENGTH, EMBED, HEADS, SIZE, VOCAB = 8, 8, 16, 4, 6, 24
+BATCH, LENGTH, EMBED, HEADS, SIZE = 8, 8, 16, 4, 6
 KERNELS = {
     "into_heads": (("embed", "heads", "head_dim"), (EMBED, HEADS, SIZE), 1),
     "out_of_heads": (("heads", "head_dim", "embed"), (HEADS, SIZE, EMBED), 2),
@@ -34,9 +33,6 @@ def arrays_of(kind):
     def normal(*shape):
         return rng.standard_normal(shape).astype(np.float32)
 
-    if kind == "table":
-        tokens = rng.integers(0, VOCAB, (BATCH, LENGTH)).astype(np.int32)
-        return ("vocab", "embed"), tokens, normal(VOCAB, EMBED), normal(BATCH, LENGTH, EMBED)
     axes, shape, num_in = KERNELS[kind]
     x, out = normal(BATCH, LENGTH, *shape[:num_in]), normal(BATCH, LENGTH, *shape[num_in:])
     return axes, x, normal(*shape), out
@@ -45,10 +41,6 @@ def arrays_of(kind):
 def wanted(kind):
     """Output and the kernel's gradient, in numpy."""
     _, x, kernel, d_out = arrays_of(kind)
-    if kind == "table":
-        gradient = np.zeros_like(kernel)
-        np.add.at(gradient, x, d_out)
-        return kernel[x], gradient
     num_in = KERNELS[kind][2]
     return np.tensordot(x, kernel, num_in), np.tensordot(x, d_out, ((0, 1), (0, 1)))
 
@@ -57,11 +49,9 @@ def compiled(kind, mesh, rules):
     """The program from x, kernel and cotangent to output and gradients, and its arguments."""
     axes, x, kernel, d_out = arrays_of(kind)
     names = [None if a == "embed" else a for a in axes]
-    num_in = KERNELS[kind][2] if kind in KERNELS else 0
+    num_in = KERNELS[kind][2]
 
     def forward(x, kernel):
-        if kind == "table":
-            return shared_weights.rows(kernel, x, rules=rules)
         highest = jax.lax.Precision.HIGHEST
         return shared_weights.product(
             x, kernel, axes, num_in=num_in, rules=rules, precision=highest
@@ -74,18 +64,17 @@ def compiled(kind, mesh, rules):
     def put(array, *axes):
         return jax.device_put(array, jax.NamedSharding(mesh, rules.spec(*axes)))
 
-    into, out_of = (names[:num_in], names[num_in:]) if num_in else ((), (None,))
     arguments = (
-        put(x, "batch", "length", *into),
+        put(x, "batch", "length", *names[:num_in]),
         put(kernel, *axes),
-        put(d_out, "batch", "length", *out_of),
+        put(d_out, "batch", "length", *names[num_in:]),
     )
     return jax.jit(both).lower(*arguments).compile(), arguments, rules.spec(*axes)
 
 
 @pytest.mark.parametrize("rules", [RULES, ALIKE, LONG], ids=["split", "alike", "long"])
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("kind", [*KERNELS, "table"])
+@pytest.mark.parametrize("kind", KERNELS)
 def test_values_and_gradients_are_the_plain_ones(kind, mesh, rules):
     mesh = sharding.make_mesh(MESHES[mesh])
     with jax.set_mesh(mesh):
@@ -95,15 +84,14 @@ def test_values_and_gradients_are_the_plain_ones(kind, mesh, rules):
     np.testing.assert_allclose(out, wanted_out, atol=1e-5)
     np.testing.assert_allclose(d_kernel, wanted_gradient, atol=2e-5)
     assert d_kernel.sharding.spec == spec
-    if kind in KERNELS:
-        _, _, kernel, d_out = arrays_of(kind)
-        num_out = kernel.ndim - KERNELS[kind][2]
-        over = (tuple(range(2, 2 + num_out)), tuple(range(-num_out, 0)))
-        np.testing.assert_allclose(d_x, np.tensordot(d_out, kernel, over), atol=1e-5)
+    _, _, kernel, d_out = arrays_of(kind)
+    num_out = kernel.ndim - KERNELS[kind][2]
+    over = (tuple(range(2, 2 + num_out)), tuple(range(-num_out, 0)))
+    np.testing.assert_allclose(d_x, np.tensordot(d_out, kernel, over), atol=1e-5)
 
 
 @pytest.mark.parametrize("rules", [RULES, LONG], ids=["split", "long"])
-@pytest.mark.parametrize("kind", [*KERNELS, "table"])
+@pytest.mark.parametrize("kind", KERNELS)
 def test_gradients_are_scattered_and_never_summed_whole(kind, rules):
     mesh = sharding.make_mesh(MESHES["2221"])
     with jax.set_mesh(mesh):
@@ -120,14 +108,3 @@ def test_what_is_shared_by_ranks_with_the_same_rows_is_summed_whole():
     with jax.set_mesh(sharding.make_mesh(MESHES["1181"])):
         assert shared_weights.gradient_spec(("embed", "mlp"), RULES) == RULES.spec("embed", "mlp")
         assert shared_weights.gradient_spec(("embed", "mlp"), ALIKE) == ALIKE.spec(None, "mlp")
-
-
-def test_the_table_takes_each_token_once_for_each_place():
-    """Rows that other ranks hold are not added from the end."""
-    mesh = sharding.make_mesh(MESHES["1222"])
-    with jax.set_mesh(mesh):
-        program, arguments, _ = compiled("table", mesh, RULES)
-        ones = jnp.ones_like(arguments[2])
-        _, (_, d_table) = program(arguments[0], arguments[1], ones)
-    counts = np.bincount(arrays_of("table")[1].reshape(-1), minlength=VOCAB)
-    np.testing.assert_array_equal(np.asarray(d_table)[:, 0], counts)

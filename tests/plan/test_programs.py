@@ -172,6 +172,17 @@ def test_a_phase_is_chosen_by_name_or_by_its_steps():
         training.training_program(cfg, mesh, phase="third")
 
 
+def test_a_rank_reads_its_share_of_tables_that_ranks_divide():
+    def weights(**mesh):
+        return traced_run(mesh=config.MeshConfig(**mesh))[0].hbm_bytes["weights"] / 3 / 4
+
+    whole, divided = weights(fsdp=8), weights(fsdp=2, expert=4)
+    tables = 2 * TINY.vocab_size * TINY.hidden_size
+    experts = TINY.num_moe_layers * TINY.num_experts * 3 * 64 * 32
+    assert whole == NUM_PARAMETERS
+    assert divided == NUM_PARAMETERS - (tables + experts) * 3 / 4
+
+
 def test_traffic_of_training_counts_every_pass():
     full, none = options.ComputeOptions(), options.ComputeOptions(remat="none")
     common = {"state_bytes": 100, "weight_bytes": 10, "saved_bytes": 7.0}
