@@ -91,6 +91,7 @@ TRAINING = {
     "flash": (
         Place(topology="v5p:4x4x8", mesh="1,8,16,1", rows=128, why=_HALF),
         Place(topology="v6e:16x16", mesh="1,16,16,1", rows=256, why=_HALF),
+        Place(topology="v5e:16x16", mesh="1,16,16,1", rows=256, why=_HALF),
     ),
 }
 # Phases of the pod configs, by objective; the stable one predicts masks in the whole row.

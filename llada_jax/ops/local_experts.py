@@ -4,8 +4,8 @@ Dimension letters: `G` experts of a layer, `A` of a stack of layers, `M` choices
 """
 
 import functools
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -25,7 +25,7 @@ def local_experts(
     implementation: str,
     max_rows: int | None = None,
     rows_at_once: int | None = None,
-    dtype: Any = jnp.float32,
+    dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
     """The weighted sum of what these experts make of the tokens.
 
@@ -95,7 +95,7 @@ def _rows_in_window(
     implementation: str,
     alignment: int,
     window: int,
-    dtype: Any,
+    dtype: jax.typing.DTypeLike,
 ) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
     """The share of the choices at positions k * window and on, up to the next window."""
     first = k * window

@@ -5,7 +5,6 @@ Dimension letters: `M` rows, `S` rows of a token.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,14 +65,18 @@ def _rows_backward(placement: Placement, d_rows: Array):
 rows_of_tokens.defvjp(lambda x, rows: (rows_of_tokens(x, rows), rows), _rows_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def tokens_of_rows(
     rows: Float[Array, "M D"],
     weights: Float[Array, "T S"],
     placement: Placement,
-    dtype: Any = jnp.float32,
+    dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Float[Array, "T D"]:
     """The weighted sum of each token's rows, in float32 and rounded once to `dtype`."""
+    return _tokens_of_rows(rows, weights, placement, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _tokens_of_rows(rows, weights, placement, dtype):
     return _sum_over_rows(rows, placement.places, weights, dtype)
 
 
@@ -81,7 +84,7 @@ def _sum_over_rows(
     rows: Float[Array, "M D"],
     places: Int[Array, "T S"],
     weights: Float[Array, "T S"] | None,
-    dtype: Any,
+    dtype: jax.typing.DTypeLike,
 ) -> Float[Array, "T D"]:
     def of_tokens(places: Array, *weights: Array) -> Array:
         total = jnp.zeros((places.shape[0], rows.shape[1]), jnp.float32)
@@ -114,7 +117,7 @@ def _some_at_once(of_tokens: Callable[..., Array], *arrays: Array) -> Array:
 
 
 def _tokens_forward(rows, weights, placement, dtype):
-    return tokens_of_rows(rows, weights, placement, dtype), (rows, weights, placement)
+    return _tokens_of_rows(rows, weights, placement, dtype), (rows, weights, placement)
 
 
 def _tokens_backward(dtype, residuals, d_tokens):
@@ -135,4 +138,4 @@ def _tokens_backward(dtype, residuals, d_tokens):
     return d_rows, _some_at_once(d_weights, placement.places, d_tokens), None
 
 
-tokens_of_rows.defvjp(_tokens_forward, _tokens_backward)
+_tokens_of_rows.defvjp(_tokens_forward, _tokens_backward)

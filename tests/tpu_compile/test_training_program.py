@@ -48,6 +48,10 @@ def assert_layers_send_what_they_should(found):
     cfg = config.ModelConfig.preset("tiny")
     sent = [c for c in found if c.kind == "all-to-all"]
     assert {c.axes for c in sent} == {"expert"}
+    # The tables have theirs: a lookup's vectors and their gradient, the head and its gradient.
+    tables = [c for c in sent if "(embed)" in c.op_name or "(loss)" in c.op_name]
+    assert 4 <= len(tables) <= 5  # The head may be kept from forward to backward.
+    sent = [c for c in sent if c not in tables]
     # There go rows, ids and weights, and results come back; of these, backward has what goes there
     # again, and then gradients of results, rows and weights.
     rounds = {True: 0, False: 0}
@@ -55,21 +59,27 @@ def assert_layers_send_what_they_should(found):
         rounds[bool(c.unknown_loops)] += c.count
     assert rounds[False] == (4 + 3 + 3) * cfg.num_moe_layers
     assert rounds[True] > 0  # The further rounds of an uneven load, for as long as it takes.
-    gathered = [c for c in found if c.kind == "all-gather" and "/while/body/" in c.op_name]
-    weights = {"expert": 0, "other": 0}
+    gathered = [
+        c
+        for c in found
+        if c.kind == "all-gather" and "/while/body/" in c.op_name and "(loss)" not in c.op_name
+    ]
+    weights = {"experts": 0, "fsdp": 0, "expert": 0}
     sizes = {str(cfg.hidden_size), str(cfg.moe_intermediate_size)}
     for c in gathered:
         (shape,) = re.findall(r"\[([\d,]+)\]", c.shape)
         is_stack = len(shape.split(",")) == 4 and set(shape.split(",")[2:]) == sizes
         # A rank has its experts whole only where `fsdp` split them, and never another rank's.
-        assert (c.axes == "fsdp") == is_stack, c
+        assert not is_stack or c.axes == "fsdp", c
         assert not is_stack or shape.split(",")[1] == str(cfg.num_experts // 4), c
-        weights["expert" if is_stack else "other"] += c.count
-    assert weights["expert"] == 2 * 3 * cfg.num_moe_layers
+        weights["experts" if is_stack else c.axes] += c.count
+    assert weights["experts"] == 2 * 3 * cfg.num_moe_layers
     # Four matrices of attention, three of the shared expert or the dense MLP, and the router's.
     # The one dense layer is no loop, and keeps what it gathered from forward to backward.
     num_dense = cfg.num_hidden_layers - cfg.num_moe_layers
-    assert weights["other"] == 2 * 8 * cfg.num_moe_layers + 7 * num_dense
+    # Along one mesh axis after the other: over both at once, some become sums.
+    shared = 2 * 8 * cfg.num_moe_layers + 7 * num_dense
+    assert (weights["fsdp"], weights["expert"]) == (shared, shared)
 
 
 def assert_no_rank_has_a_table_whole(found):
@@ -79,7 +89,7 @@ def assert_no_rank_has_a_table_whole(found):
     for c in found:
         for text in re.findall(r"\[([\d,]+)\]", c.shape):
             shape = tuple(int(n) for n in text.split(","))
-            assert math.prod(shape) < cfg.vocab_size * cfg.hidden_size, c
+            assert tuple(n for n in shape if n > 1) != (cfg.vocab_size, cfg.hidden_size), c
             if c.kind == "all-gather" and shape in tables:
                 assert c.axes == "fsdp"
                 tables[shape] += c.count
@@ -131,7 +141,10 @@ def test_of_rows_that_ranks_share_only_keys_and_values_are_gathered():
             if "(embed)/" in c.op_name:
                 assert c.shape.startswith("s32")  # Token ids; a chunk goes to the head at a time.
                 continue
-            assert "attention/shard_map" in c.op_name
+            if "attention/shard_map" not in c.op_name:
+                # Shared weights, which have no positions.
+                assert not {row_length, row_length // 4} & set(shapes[0]), c
+                continue
             keys += c.count * (len(shapes[0]) > 4)  # else tags, which have no heads
     # Forward, and again backward, but for a stack of one layer, which is no loop.
     assert 2 * num_layers <= keys <= 2 * 2 * num_layers
