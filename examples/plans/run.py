@@ -11,7 +11,6 @@ there; `--only` without names writes it again.
 import argparse
 import json
 import pathlib
-import re
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,6 @@ from typing import Any
 
 from examples.plans import choices
 from examples.tiny_model import results
-from llada_jax import config
 
 GIB = 2**30
 MIB = 2**20
@@ -56,7 +54,7 @@ TRAINING_HEADER = (
     "slice, mesh, rows",
     "state",
     "gradients + saved + a layer",
-    "all else (whole vocabularies)",
+    "all else",
     "peak of limit",
     "MiB sent per chip",
     "bound, ms (no speed)",
@@ -120,6 +118,12 @@ def page(plans: Sequence[choices.Plan], found: dict[str, Any]) -> str:
             f"- {p.model} on {p.place.topology}, {p.place.mesh}: {p.place.why}." for p in chosen
         ]
         parts[f"{kind}_reasons"] = "\n".join(dict.fromkeys(reasons))
+    ratios = [
+        found[plan.name]["hbm"]["peak_over_known_parts"]
+        for plan in plans
+        if plan.trains and found.get(plan.name, {}).get("hbm", {}).get("peak_over_known_parts")
+    ]
+    parts["ratios"] = f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else "unknown"
     missing = [plan.name for plan in plans if plan.name not in found]
     parts["missing"] = ", ".join(f"`{name}`" for name in missing) or "none"
     text = pathlib.Path(__file__).with_name("page.md").read_text()
@@ -151,22 +155,7 @@ def row(plan: choices.Plan, figures: dict[str, Any]) -> list[str]:
     parts = " + ".join(f"{known[name] / GIB:.2f}" for name in KNOWN)
     last[0] += f"; {hbm['peak_over_known_parts']:.2f} of the parts"
     rest = f"{known['all else'] / GIB:.2f}"
-    whole = vocabulary_bytes(config.ModelConfig.preset(plan.model), hbm["largest_temporaries"])
-    if whole:
-        rest += f" ({whole / GIB:.2f})"
     return [*first, state, parts, rest, *last]
-
-
-def vocabulary_bytes(cfg: config.ModelConfig, pieces: Sequence[dict[str, str]]) -> float:
-    """Of the largest pieces of the temporaries, those that hold the embedding or the head whole."""
-    table = re.compile(rf"\b{cfg.vocab_size},{cfg.hidden_size}\]")
-    return sum(size_of(p["size"]) for p in pieces if table.search(p["shapes"]))
-
-
-def size_of(text: str) -> float:
-    """Bytes of a size as the compiler writes it, such as 1.20GiB."""
-    number = text.rstrip("KMGiB")
-    return float(number) * {"B": 1, "KiB": 2**10, "MiB": MIB, "GiB": GIB}[text[len(number) :]]
 
 
 def sent(rows: Sequence[dict[str, Any]] | None) -> str:
