@@ -49,13 +49,16 @@ class Run:
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
+        self._found: dict[str, dict[str, Any]] = {}
 
     def read(self, name: str) -> dict[str, Any]:
         """The figures of a measuring command."""
-        file = self.folder / f"{name}.json"
-        if not file.exists():
-            raise SystemExit(f"{file}: no such figures; `make measure-tiny SEED=N` makes them")
-        return json.loads(file.read_text())
+        if name not in self._found:
+            file = self.folder / f"{name}.json"
+            if not file.exists():
+                raise SystemExit(f"{file}: no such figures; `make measure-tiny SEED=N` makes them")
+            self._found[name] = json.loads(file.read_text())
+        return self._found[name]
 
     def task(self, name: str) -> float:
         """Per cent of right answers."""
@@ -65,24 +68,22 @@ class Run:
         """Of the tasks that this run itself has learnt."""
         return self.read("thresholds")["settings"][name]["learnt"][key]
 
-    def best_threshold(self) -> str:
-        """The setting without edits that is right most often; the fastest of equals."""
-        names = [n for n in self.read("thresholds")["settings"] if n.startswith("threshold")]
-        return max(names, key=lambda n: (self.decoding(n), self.decoding(n, "tokens_per_forward")))
+    def thresholds(self) -> list[str]:
+        """The settings without edits."""
+        return [n for n in self.read("thresholds")["settings"] if n.startswith("threshold")]
+
+    def best(self) -> float:
+        """The share of right answers of the best of them."""
+        return max(map(self.decoding, self.thresholds()))
 
     def fastest(self) -> float:
         """The most tokens per forward pass within a point of the best accuracy."""
-        best = self.decoding(self.best_threshold())
-        near = [
-            name
-            for name in self.read("thresholds")["settings"]
-            if name.startswith("threshold") and self.decoding(name) >= best - 0.01
-        ]
+        near = [name for name in self.thresholds() if self.decoding(name) >= self.best() - 0.01]
         return max(self.decoding(name, "tokens_per_forward") for name in near)
 
     def lost(self, preset: str) -> float:
         """Points of accuracy below the best threshold."""
-        return 100 * (self.decoding(self.best_threshold()) - self.decoding(preset))
+        return 100 * (self.best() - self.decoding(preset))
 
     def repaired(self, preset: str, key: str) -> float:
         """Per cent of wrong tokens recovered, or of right ones changed."""
@@ -116,8 +117,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def draw(axes: Any) -> None:
         for place, run in enumerate(runs):
-            settings = [s for s in run.read("thresholds")["settings"] if s.startswith("threshold")]
-            points = [(run.decoding(s, "tokens_per_forward"), run.decoding(s)) for s in settings]
+            points = [
+                (run.decoding(s, "tokens_per_forward"), run.decoding(s)) for s in run.thresholds()
+            ]
             label = f"seed {place}: {', '.join(run.read('thresholds')['learnt'])}"
             axes.plot(*zip(*points, strict=True), marker="o", color=f"C{place}", label=label)
             for preset, mark in (("speed", "s"), ("quality", "D")):

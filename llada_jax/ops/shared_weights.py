@@ -59,14 +59,33 @@ def scattered_sum(
       axes: logical axes of the kernel.
       rules: how the arrays are split over the mesh.
     """
-    summed = rules.token_axes
-    if is_scattered(rules):
-        for name in sharding.axis_names(rules.embed):
-            gradient = jax.lax.psum_scatter(
-                gradient, name, scatter_dimension=list(axes).index("embed"), tiled=True
-            )
-        summed = tuple(name for name in summed if name not in sharding.axis_names(rules.embed))
-    return jax.lax.psum(gradient, summed) if summed else gradient
+    if not is_scattered(rules):
+        return jax.lax.psum(gradient, rules.token_axes) if rules.token_axes else gradient
+    names = sharding.axis_names(rules.embed)
+    return scatter_along(gradient, names, list(axes).index("embed"), summed=rules.token_axes)
+
+
+def scatter_along(
+    gradient: Float[Array, "..."], names: Sequence[str], dimension: int, *, summed: Sequence[str]
+) -> Float[Array, "..."]:
+    """The sum over the mesh axes `summed`, of which `names` split a dimension, the first first.
+
+    Within `jax.shard_map`.
+    """
+    for name in names:
+        gradient = jax.lax.psum_scatter(gradient, name, scatter_dimension=dimension, tiled=True)
+    rest = tuple(name for name in summed if name not in names)
+    return jax.lax.psum(gradient, rest) if rest else gradient
+
+
+def gather_along(
+    kernel: Float[Array, "..."], names: Sequence[str], dimension: int
+) -> Float[Array, "..."]:
+    """The way back of `scatter_along` for what needs no sum; within `jax.shard_map`."""
+    # The last axis splits what the ones before it have split.
+    for name in reversed(names):
+        kernel = jax.lax.all_gather(kernel, name, axis=dimension, tiled=True)
+    return kernel
 
 
 def gradient_spec(axes: Sequence[str | None], rules: sharding.AxisRules) -> jax.P:
@@ -111,10 +130,7 @@ def _gathered(kernel, axes, rules):
         check_vma=False,
     )
     def local(kernel):
-        # The last axis splits what the ones before it have split.
-        for name in reversed(sharding.axis_names(rules.embed)):
-            kernel = jax.lax.all_gather(kernel, name, axis=axes.index("embed"), tiled=True)
-        return kernel
+        return gather_along(kernel, sharding.axis_names(rules.embed), axes.index("embed"))
 
     return local(kernel) if "embed" in axes else kernel
 

@@ -185,20 +185,15 @@ def _num_other_splits(rules: sharding.AxisRules) -> int:
 
 def _with_columns(table: Float[Array, "v d"], rules: sharding.AxisRules) -> Float[Array, "v D"]:
     """Gathers what the other axes split."""
-    for name in reversed(_other_splits(rules)):
-        table = jax.lax.all_gather(table, name, axis=1, tiled=True)
-    return table
+    return shared_weights.gather_along(table, _other_splits(rules), 1)
 
 
 def _scattered_columns(
     gradient: Float[Array, "v D"], rules: sharding.AxisRules
 ) -> Float[Array, "v d"]:
     """The sum over all ranks with tokens of their own but those of `tables`."""
-    splits = _other_splits(rules)
-    for name in splits:
-        gradient = jax.lax.psum_scatter(gradient, name, scatter_dimension=1, tiled=True)
-    rest = tuple(n for n in rules.token_axes if n not in (*splits, rules.tables))
-    return jax.lax.psum(gradient, rest) if rest else gradient
+    summed = tuple(name for name in rules.token_axes if name != rules.tables)
+    return shared_weights.scatter_along(gradient, _other_splits(rules), 1, summed=summed)
 
 
 def _places(tokens: Int[Array, "b T"], num_rows: int, rules: sharding.AxisRules) -> Array:
