@@ -170,17 +170,19 @@ def test_intervals_hold_the_share_and_shrink():
     assert results.interval(20, 20)[1] == pytest.approx(1)
 
 
-def a_run(folder, *, exact, edits, bound):
+def a_run(folder, *, exact, edits, bound, sort_on_dev=0.4):
     """Figures as the measuring commands write them; of thresholds the middle one is best."""
     folder.mkdir()
     tasks = {"sort": {"exact": 0.5}, "reverse": {"exact": exact}}
-    settings = {
-        f"threshold {t}": {"learnt": {"exact": share, "tokens_per_forward": speed}}
+    found = {
+        f"threshold {t}": {"exact": share, "tokens_per_forward": speed}
         for t, share, speed in ((0.5, 0.8, 5.0), (0.8, 0.892, 4.0), (0.9, 0.9, 3.5), (0.99, 0.9, 2))
     }
-    settings |= {
-        name: {"learnt": {"exact": 0.885, "tokens_per_forward": 3.0}}
-        for name in ("speed", "quality")
+    found |= {name: {"exact": 0.885, "tokens_per_forward": 3.0} for name in ("speed", "quality")}
+    # Of all tasks each setting is right half as often, so that more of them are near the best.
+    settings = {
+        name: {"learnt": figures, "all": figures | {"exact": figures["exact"] / 2}}
+        for name, figures in found.items()
     }
     text = {
         "unigram": 5.0,
@@ -190,7 +192,7 @@ def a_run(folder, *, exact, edits, bound):
     files = {
         "accuracy_dev": {
             "split": "dev",
-            "tasks": {"sort": {"exact": 0.4}, "reverse": {"exact": 1}},
+            "tasks": {"sort": {"exact": sort_on_dev}, "reverse": {"exact": 1}},
         },
         "accuracy": {"tasks": tasks},
         "thresholds": {"learnt": ["reverse"], "settings": settings},
@@ -211,7 +213,7 @@ def a_run(folder, *, exact, edits, bound):
 def test_runs_are_compared_with_each_goal(tmp_path):
     folders = [
         a_run(tmp_path / "0", exact=0.95, edits=0.02, bound=2.9),
-        a_run(tmp_path / "1", exact=0.85, edits=0.04, bound=3.1),
+        a_run(tmp_path / "1", exact=0.85, edits=0.04, bound=3.1, sort_on_dev=0.9),
     ]
     seeds.main([*map(str, folders), "--out", str(tmp_path / "seeds")])
     found = json.loads((tmp_path / "seeds.json").read_text())["measures"]
@@ -222,9 +224,14 @@ def test_runs_are_compared_with_each_goal(tmp_path):
     }
     assert found["`reverse`, exact on test, %"]["reached"] == 1
     assert "`sort`, exact on test, %" not in found
+    weakest = "the weakest task that the run itself has learnt, exact on test, %"
+    assert found[weakest]["values"] == pytest.approx([95, 50])
+    assert found[weakest]["reached"] == 1
     assert found["tokens per forward within a point of the best accuracy"]["values"] == [4.0, 4.0]
     assert found["`speed`, points below the best threshold"]["values"] == pytest.approx([1.5, 1.5])
     assert found["`speed`, points below the best threshold"]["reached"] == 0
+    of_all = found["`speed`, points below the best threshold, all tasks"]
+    assert of_all == {"goal": "", "values": pytest.approx([0.75, 0.75])}
     assert found["`quality`, right tokens changed, %"]["reached"] == 1
     assert found["load of the experts, dead"]["values"] == [1, 1]
     assert found["load of the experts, dead"]["reached"] == 0
