@@ -118,11 +118,8 @@ def page(plans: Sequence[choices.Plan], found: dict[str, Any]) -> str:
             f"- {p.model} on {p.place.topology}, {p.place.mesh}: {p.place.why}." for p in chosen
         ]
         parts[f"{kind}_reasons"] = "\n".join(dict.fromkeys(reasons))
-    ratios = [
-        found[plan.name]["hbm"]["peak_over_known_parts"]
-        for plan in plans
-        if plan.trains and found.get(plan.name, {}).get("hbm", {}).get("peak_over_known_parts")
-    ]
+    trained = [found[plan.name]["hbm"] for plan in plans if plan.trains and plan.name in found]
+    ratios = [hbm["peak_over_known_parts"] for hbm in trained if hbm.get("peak_over_known_parts")]
     parts["ratios"] = f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else "unknown"
     missing = [plan.name for plan in plans if plan.name not in found]
     parts["missing"] = ", ".join(f"`{name}`" for name in missing) or "none"

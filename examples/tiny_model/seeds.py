@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from examples.tiny_model import accuracy, infill, results
+from examples.tiny_model import infill, results
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,8 +66,8 @@ class Run:
         return 100 * self.read("accuracy")["tasks"][name]["exact"]
 
     def learnt(self) -> list[str]:
-        """The tasks that a card of this run would call learnt."""
-        return accuracy.learnt(self.folder / "accuracy_dev.json")
+        """The tasks that a card of this run would call learnt, by "dev"."""
+        return self.read("thresholds")["learnt"]
 
     def decoding(self, name: str, key: str = "exact", *, tasks: str = "learnt") -> float:
         """Of a setting: of the tasks that this run itself has learnt, or of "all"."""
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             points = [
                 (run.decoding(s, "tokens_per_forward"), run.decoding(s)) for s in run.thresholds()
             ]
-            label = f"seed {place}: {', '.join(run.read('thresholds')['learnt'])}"
+            label = f"seed {place}: {', '.join(run.learnt())}"
             axes.plot(*zip(*points, strict=True), marker="o", color=f"C{place}", label=label)
             for preset, mark in (("speed", "s"), ("quality", "D")):
                 point = run.decoding(preset, "tokens_per_forward"), run.decoding(preset)
