@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Shaped
 
+from llada_jax.ops import own_sums
+
 
 def num_folds(*, has_clean_half: bool) -> int:
     """Chunks per rank: two of each copy."""
@@ -70,6 +72,27 @@ def gather(array: Shaped[Array, "B T *rest"], axis: str, folds: int) -> Shaped[A
         for fold in range(folds)
     ]
     return jnp.reshape(jnp.stack(in_order, axis=1), (batch, -1, *rest))
+
+
+def own_sum(array: Shaped[Array, "B S *rest"], axis: str, folds: int) -> Shaped[Array, "B T *rest"]:
+    """The way back of `gather`: the sum over ranks of what each has of all positions.
+
+    Args:
+      array: rows in natural order; inside `shard_map`.
+      axis: mesh axis over which the rows are split.
+      folds: chunks per rank.
+
+    Returns:
+      This rank's part of the sum, as it has it of folded rows.
+    """
+    batch, length, *rest = array.shape
+    num_ranks = jax.lax.axis_size(axis)
+    chunks = jnp.reshape(array, (batch, folds, num_ranks, -1, *rest))
+    of_ranks = [
+        jnp.flip(chunks[:, fold], axis=1) if fold % 2 else chunks[:, fold] for fold in range(folds)
+    ]
+    parts = jnp.moveaxis(jnp.stack(of_ranks, axis=1), 2, 0)
+    return jnp.reshape(own_sums.own_sum(parts, axis), (batch, length // num_ranks, *rest))
 
 
 def own_part(

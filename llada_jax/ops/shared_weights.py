@@ -12,6 +12,7 @@ import jax
 from jaxtyping import Array, Float
 
 from llada_jax import sharding
+from llada_jax.ops import own_sums
 
 
 def product(
@@ -73,7 +74,7 @@ def scatter_along(
     Within `jax.shard_map`.
     """
     for name in names:
-        gradient = jax.lax.psum_scatter(gradient, name, scatter_dimension=dimension, tiled=True)
+        gradient = own_sums.scatter(gradient, name, dimension)
     rest = tuple(name for name in summed if name not in names)
     return jax.lax.psum(gradient, rest) if rest else gradient
 

@@ -136,12 +136,11 @@ class _Plan:
             return array
         return context_parallel.own_part(array, self.context_axis, self._num_folds)
 
-    def own_sum(self, d: Float[Array, "B S K H"], num_own: int) -> Float[Array, "B T K H"]:
+    def own_sum(self, d: Float[Array, "B S K H"]) -> Float[Array, "B T K H"]:
         """This rank's positions of gradients of all keys, summed over ranks in float32."""
         if self.context_axis is None:
             return d
-        own = jax.ShapeDtypeStruct((d.shape[0], num_own, *d.shape[2:]), jnp.float32)
-        (total,) = jax.linear_transpose(self.gather, own)(d.astype(jnp.float32))
+        total = context_parallel.own_sum(d.astype(jnp.float32), self.context_axis, self._num_folds)
         return total.astype(d.dtype)
 
     @property
@@ -215,8 +214,7 @@ def _backward(plan: _Plan, residuals, d_out):
         d_query, d_key, d_value = jax.lax.map(row, arguments)
         d_query = _positions_first(d_query, query.shape[1]) * _scale(query)
         d_key, d_value = (
-            plan.own_sum(_positions_first(d, plan.layout.length), key.shape[1])
-            for d in (d_key, d_value)
+            plan.own_sum(_positions_first(d, plan.layout.length)) for d in (d_key, d_value)
         )
         return d_query, d_key, d_value
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llada_jax import sharding
-from llada_jax.ops import shared_weights
+from llada_jax.ops import own_sums, shared_weights
 
 _AXES = ("vocab", "embed")
 
@@ -169,9 +169,9 @@ def own(array: Array, rules: sharding.AxisRules) -> Array:
 
 def own_sum(array: Array, rules: sharding.AxisRules) -> Array:
     """This rank's part of the sum of what the ranks of `tables` have of `gathered` rows."""
-    if not is_divided(rules):
+    if rules.tables is None or not is_divided(rules):
         return array
-    return jax.lax.psum_scatter(array, rules.tables, scatter_dimension=0, tiled=True)
+    return own_sums.scatter(array, rules.tables, 0)
 
 
 def _other_splits(rules: sharding.AxisRules) -> tuple[str, ...]:

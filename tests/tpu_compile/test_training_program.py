@@ -11,8 +11,11 @@ from llada_jax.train import options, schedule
 
 pytestmark = [pytest.mark.tpu_compile, pytest.mark.timeout(900)]
 
+# As the models have it, and the splash kernel wants it.
+HEAD_DIM = 128
 
-def planned(row_length, **changes):
+
+def planned(row_length, topology="v5p:2x2x2", **changes):
     """Traces and compiles; returns the program, the result, the whole report and the mesh."""
     phase = options.Phase(
         name="blocks",
@@ -23,7 +26,7 @@ def planned(row_length, **changes):
     )
     cfg = options.TrainConfig(
         phases=(phase,),
-        model=options.ModelOptions(preset="tiny", overrides={"head_dim": 128}),
+        model=options.ModelOptions(preset="tiny", overrides={"head_dim": HEAD_DIM}),
         data=config.DataConfig(
             sources=(config.SourceConfig(path="nowhere"),),
             packing=config.PackingConfig(row_length=row_length),
@@ -31,7 +34,7 @@ def planned(row_length, **changes):
         mesh=config.MeshConfig(fsdp=2, expert=4),
         **changes,
     )
-    where = hardware.find_slice("v5p:2x2x2")
+    where = hardware.find_slice(topology)
     mesh = hardware.make_mesh(where, cfg.mesh)
     program = training.training_program(cfg, mesh)
     result = compiled.compile_lowered(program.lowered, {})
@@ -121,15 +124,37 @@ def test_the_state_is_donated_and_every_axis_is_known():
     assert figures["program_text"]["estimated_cycles_by_the_compiler"]["cheapest_branches"] > 0
 
 
-def test_of_rows_that_ranks_share_only_keys_and_values_are_gathered():
+def assert_gradients_of_keys_and_values_are_scattered(found, row_length):
+    """In float32, and nothing of their size is summed whole on every rank."""
+    cfg = config.ModelConfig.preset("tiny")
+    # A rank of `fsdp` has two rows, twice as long with the clean copy, and a rank a fourth of them.
+    num_own = 2 * 2 * row_length * cfg.num_key_value_heads * HEAD_DIM // 4
+    scattered = 0
+    for c in found:
+        sizes = [
+            (dtype, math.prod(int(n) for n in dims.split(",") if n))
+            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", c.shape)
+        ]
+        if c.kind == "reduce-scatter" and "attention/shard_map" in c.op_name:
+            scattered += c.count * sizes.count(("f32", num_own))
+        assert c.kind != "all-reduce" or all(size < num_own // 4 for _, size in sizes), c
+    assert scattered == 2 * cfg.num_hidden_layers
+
+
+def test_of_rows_that_ranks_share_only_keys_and_values_travel():
     row_length, num_layers = 3072, config.ModelConfig.preset("tiny").num_hidden_layers
+    # For v5p:2x2x2 the scattered sums of keys and values become all-reduces.
     program, result, figures, mesh = planned(
-        row_length, batch_size=4, compute=options.ComputeOptions(context_parallel=True)
+        row_length,
+        topology="v6e:2x4",
+        batch_size=4,
+        compute=options.ComputeOptions(context_parallel=True),
     )
     assert_state_is_donated(program, figures)
     assert result.module is not None
     found = collectives.collectives(result.module, dict(mesh.shape))
     assert "?" not in {c.axes for c in found}
+    assert_gradients_of_keys_and_values_are_scattered(found, row_length)
     hidden_size, keys = config.ModelConfig.preset("tiny").hidden_size, 0
     for c in found:
         shapes = [[int(n) for n in s.split(",") if n] for s in re.findall(r"\[([\d,]*)\]", c.shape)]
