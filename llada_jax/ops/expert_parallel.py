@@ -25,7 +25,7 @@ from jax import P
 from jaxtyping import Array, Float, Int
 
 from llada_jax import sharding
-from llada_jax.ops import local_experts, token_exchange
+from llada_jax.ops import local_experts, shared_weights, token_exchange
 
 ALGORITHMS = (
     "replicated",
@@ -111,11 +111,9 @@ def expert_mlp(
     """
     leading = () if layer is None else ("layers",)
     token_spec = rules.spec("batch", "length", None)
-    in_spec = rules.spec(*leading, "expert", None, "mlp")
-    out_spec = rules.spec(*leading, "expert", "mlp", None)
-    # A parameter shared over `expert_embed` ranks is made whole here, one layer at a time.
-    gate_proj, up_proj = jax.reshard((gate_proj, up_proj), in_spec)
-    down_proj = jax.reshard(down_proj, out_spec)
+    in_spec = rules.spec(*leading, "expert", "expert_embed", "mlp")
+    out_spec = rules.spec(*leading, "expert", "mlp", "expert_embed")
+    shared_axes = sharding.axis_names(rules.expert_embed)
     expert_axes = sharding.axis_names(rules.expert)
     is_split = bool(set(expert_axes) & set(rules.token_axes))
     # Along the other axes devices compute the same choices.
@@ -138,7 +136,11 @@ def expert_mlp(
         experts = gate_proj.shape[-3]
         tokens = tuple(a.reshape(-1, a.shape[-1]) for a in (x, indices, weights))
         shares = _experts_of(dispatch, rules, experts, layer * experts)
-        matrices = tuple(w.reshape(-1, *w.shape[-2:]) for w in (gate_proj, up_proj, down_proj))
+        # A parameter shared over ranks is made whole here, one layer at a time.
+        matrices = tuple(
+            shared_weights.gathered(w.reshape(-1, *w.shape[-2:]), shared_axes, dimension)
+            for w, dimension in ((gate_proj, 1), (up_proj, 1), (down_proj, 2))
+        )
         if dispatch.algorithm == "replicated":
             out, num_computed = shares(*tokens, *matrices)
             axes = expert_axes + sharding.axis_names(rules.mlp)

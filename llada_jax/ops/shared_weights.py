@@ -89,6 +89,31 @@ def gather_along(
     return kernel
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gathered(
+    kernel: Float[Array, "..."], names: tuple[str, ...], dimension: int
+) -> Float[Array, "..."]:
+    """`gather_along`, with gradients by `scatter_along`; within `jax.shard_map`.
+
+    Args:
+      kernel: this rank's part.
+      names: mesh axes that split the dimension, the first first.
+      dimension: the one that is made whole.
+    """
+    return gather_along(kernel, names, dimension)
+
+
+def _gathered_forward(kernel, names, dimension):
+    return gather_along(kernel, names, dimension), None
+
+
+def _gathered_backward(names, dimension, _, gradient):
+    return (scatter_along(gradient, names, dimension, summed=()),)
+
+
+gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
 def gradient_spec(axes: Sequence[str | None], rules: sharding.AxisRules) -> jax.P:
     """The kernel's own partition, but whole along `embed` where ranks that share it are alike."""
     names = axes if is_scattered(rules) else (None if a == "embed" else a for a in axes)
@@ -118,7 +143,7 @@ def _contract(x, kernel, axes, num_in, rules, precision):
     )
 
 
-def _gathered(kernel, axes, rules):
+def _gathered_kernel(kernel, axes, rules):
     """As `whole`, one mesh axis after the other, for the same reason as in `scattered_sum`.
 
     Its transpose would sum over ranks that are alike, so that it is for use where none is taken.
@@ -142,7 +167,7 @@ def _whole_spec(axes, rules):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x, kernel, how):
-    return _contract(x, _gathered(kernel, how[0], how[2]), *how)
+    return _contract(x, _gathered_kernel(kernel, how[0], how[2]), *how)
 
 
 def _product_forward(x, kernel, how):
@@ -156,7 +181,7 @@ def _product_backward(how, residuals, d_out):
     num_out = kernel.ndim - num_in
     d_x = jax.lax.dot_general(
         d_out,
-        _gathered(kernel, axes, rules),
+        _gathered_kernel(kernel, axes, rules),
         ((tuple(range(2, 2 + num_out)), tuple(range(num_in, kernel.ndim))), ((), ())),
         precision=precision,
         out_sharding=in_spec,
