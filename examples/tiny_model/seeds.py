@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from examples.tiny_model import infill, results
+from examples.tiny_model import infill, repair, results
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,6 +90,11 @@ class Run:
     def lost(self, preset: str, *, tasks: str) -> float:
         """Points of accuracy below the best threshold."""
         return 100 * (self.best(tasks=tasks) - self.decoding(preset, tasks=tasks))
+
+    def lost_by_edits(self, preset: str, *, tasks: str) -> float:
+        """Points of accuracy below the same writing threshold without edits."""
+        without = f"threshold {repair.PRESETS[preset].threshold}"
+        return 100 * (self.decoding(without, tasks=tasks) - self.decoding(preset, tasks=tasks))
 
     def repaired(self, preset: str, key: str) -> float:
         """Per cent of wrong tokens recovered, or of right ones changed."""
@@ -193,6 +198,16 @@ def measures(shipped: Run) -> list[Measure]:
             Measure(
                 name=f"`{preset}`, points below the best threshold, all tasks",
                 value=lambda run, preset=preset: run.lost(preset, tasks="all"),
+            ),
+            Measure(
+                name=f"`{preset}`, points below its threshold without edits",
+                goal="<= 1",
+                value=lambda run, preset=preset: run.lost_by_edits(preset, tasks="learnt"),
+                is_reached=lambda value: value <= 1,
+            ),
+            Measure(
+                name=f"`{preset}`, points below its threshold without edits, all tasks",
+                value=lambda run, preset=preset: run.lost_by_edits(preset, tasks="all"),
             ),
             Measure(
                 name=f"`{preset}`, wrong tokens recovered, %",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import tiny_python
-from examples.tiny_model import infill, ngram, repair, results, seeds
+from examples.tiny_model import accuracy, editing, infill, ngram, repair, results, seeds
 from llada_jax.diffusion import unmask
 from llada_jax.train import options
 
@@ -124,6 +124,35 @@ def test_only_open_places_are_edited():
     assert mended(0.9, unmask.JointThreshold.quality(), is_open) == [*TRUTH[:4], *WRONG[4:]]
 
 
+def test_every_editing_threshold_is_mended_and_written_with(tmp_path, monkeypatch):
+    items = [{"prompt": "a", "answer": "b"}, {"prompt": "c", "answer": "d"}]
+    seen = []
+
+    def measure(generator, given, preset, rate, seed):
+        assert (given, rate) == (items, 0.15)
+        return {"recovered": preset.editing_threshold, "false_edits": 0.0}
+
+    def ask(generator, given, *, strategy):
+        seen.append((strategy.editing_threshold, strategy.threshold))
+        stats = types.SimpleNamespace(edits=3)
+        return [types.SimpleNamespace(text=text, stats=stats) for text in ("b", "wrong")]
+
+    monkeypatch.setattr(results, "load", lambda args: None)
+    monkeypatch.setattr(accuracy, "held_out", lambda args, per_task: items)
+    monkeypatch.setattr(accuracy, "ask", ask)
+    monkeypatch.setattr(repair, "measure", measure)
+    editing.main(["model", "--split", "dev", "--out", str(tmp_path / "editing"), "--editing", "1"])
+    found = json.loads((tmp_path / "editing.json").read_text())
+    assert found["split"] == "dev"
+    (setting,) = found["settings"]
+    assert setting["mended"]["recovered"] == setting["editing_threshold"] == 1
+    assert seen == [(1, 0.7), (1, 0.9)]
+    assert [(w["threshold"], w["exact"], w["edits"]) for w in setting["written"]] == [
+        (0.7, 0.5, 6),
+        (0.9, 0.5, 6),
+    ]
+
+
 def test_gaps_lie_inside_a_block_and_its_code():
     tokenizer = types.SimpleNamespace(encode=lambda text: list(range(1, 1 + len(text))))
     cfg = types.SimpleNamespace(block_size=8, pad_token_id=0, mask_token_id=99)
@@ -176,7 +205,7 @@ def a_run(folder, *, exact, edits, bound, learnt=("reverse",)):
     tasks = {"sort": {"exact": 0.5}, "reverse": {"exact": exact}}
     found = {
         f"threshold {t}": {"exact": share, "tokens_per_forward": speed}
-        for t, share, speed in ((0.5, 0.8, 5.0), (0.8, 0.892, 4.0), (0.9, 0.9, 3.5), (0.99, 0.9, 2))
+        for t, share, speed in ((0.5, 0.8, 5.0), (0.7, 0.892, 4.0), (0.9, 0.9, 3.5), (0.99, 0.9, 2))
     }
     found |= {name: {"exact": 0.885, "tokens_per_forward": 3.0} for name in ("speed", "quality")}
     # Of all tasks each setting is right half as often, so that more of them are near the best.
@@ -228,6 +257,10 @@ def test_runs_are_compared_with_each_goal(tmp_path):
     assert found["`speed`, points below the best threshold"]["reached"] == 0
     of_all = found["`speed`, points below the best threshold, all tasks"]
     assert of_all == {"goal": "", "values": pytest.approx([0.75, 0.75])}
+    gained = found["`speed`, points below its threshold without edits"]
+    assert gained == {"goal": "<= 1", "values": pytest.approx([-8.5, -8.5]), "reached": 2}
+    gained = found["`quality`, points below its threshold without edits, all tasks"]
+    assert gained["values"] == pytest.approx([0.35, 0.35])
     assert found["`quality`, right tokens changed, %"]["reached"] == 1
     assert found["load of the experts, dead"]["values"] == [1, 1]
     assert found["load of the experts, dead"]["reached"] == 0
