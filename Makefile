@@ -33,7 +33,7 @@ DEMO_TARGET := build/demo/llada2_tiny
 DEMO_PROMPTS := tests/golden/demo_prompts.jsonl
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-tpu check format wheel venv clean
+.PHONY: help demo test test-long test-tpu check format wheel venv clean
 .PHONY: toy-world train-tiny train-tiny-twin measure-tiny compare-tiny ship-tiny
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -41,6 +41,7 @@ DEMO_PROMPTS := tests/golden/demo_prompts.jsonl
 help:
 	@echo "make demo      convert a tiny checkpoint and generate with it, step by step"
 	@echo "make test      run the tests (ARGS=... goes to pytest)"
+	@echo "make test-long whole runs, killed and gone on with, and the tutorial"
 	@echo "make test-tpu  compile for a TPU topology (needs no TPU)"
 	@echo "make check     lint, format, types and import floors"
 	@echo "make toy-world a learning experiment in short: the objective, kills, confidence"
@@ -76,6 +77,9 @@ endif
 test: $(VENV)/.installed-dev
 	XLA_FLAGS="$$XLA_FLAGS $(QUICK_CPU)" $(BIN)/pytest -n 2 $(ARGS)
 
+test-long: $(VENV)/.installed-dev
+	XLA_FLAGS="$$XLA_FLAGS $(QUICK_CPU)" $(BIN)/pytest -n 2 --dist loadfile -m long $(ARGS)
+
 test-tpu: $(VENV)/.installed-tpu
 	$(BIN)/pytest -m tpu_compile $(ARGS)
 
@@ -103,6 +107,10 @@ measure-tiny: $(VENV)/.installed-figures
 	$(BIN)/python -m examples.tiny_model.curves $(TINY_RUN) --out $(TINY_FIGURES)/curves
 	$(BIN)/python -m examples.tiny_model.accuracy $(TINY_RUN)/hf --data $(TINY)/data --split dev \
 	  --per-task 100 --out $(TINY_FIGURES)/accuracy_dev
+	$(BIN)/python -m examples.tiny_model.editing $(TINY_RUN)/hf --data $(TINY)/data --split dev \
+	  --out $(TINY_FIGURES)/editing
+	$(BIN)/python -m examples.tiny_model.editing $(TINY_RUN)/hf --data $(TINY)/data \
+	  --writing 0.9 --editing 0.3 1 --out $(TINY_FIGURES)/editing_test
 	for name in accuracy thresholds repair experts; do \
 	  $(BIN)/python -m examples.tiny_model.$$name $(TINY_RUN)/hf --data $(TINY)/data \
 	    --out $(TINY_FIGURES)/$$name || exit 1; \

@@ -76,7 +76,10 @@ def entry_point(name: str) -> Callable[[list[str]], int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "convert/README.md", "docs/tutorial.md"])
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", "convert/README.md", pytest.param("docs/tutorial.md", marks=pytest.mark.long)],
+)
 def test_examples_run_in_their_order(page, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(ROOT)
     ran = 0

@@ -237,7 +237,7 @@ def test_progress_is_silent_without_a_terminal(golden, tmp_path, capsys):
     assert "\r" not in out + err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ten_kills_and_one_more_run_equal_an_undisturbed_one(make, tmp_path):
     source = make(layout="separate", hidden_size=256, moe_intermediate_size=128, num_experts=32)
     undisturbed, target = tmp_path / "undisturbed", tmp_path / "target"

@@ -37,7 +37,7 @@ def load(name):
     return module
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_three_arms_run_from_text_to_tables(tmp_path):
     out = tmp_path / "results.json"
     arguments = ["--workdir", str(tmp_path / "work"), "--out", str(out), "--seeds", "1"]

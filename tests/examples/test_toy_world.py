@@ -230,7 +230,7 @@ def test_every_stage_that_a_check_takes_is_one():
             assert {path.split("/")[0] for path in paths} <= known
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_short_version_runs_to_its_table(tmp_path):
     """Two hundredths of the steps, and no kills: these have a test of their own."""
     out = tmp_path / "results.json"
@@ -270,7 +270,7 @@ def test_results_of_other_settings_are_left_alone(tmp_path):
         run_lib.kept_results(out, settings)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_kill_in_each_phase_changes_no_bit(tmp_path, monkeypatch):
     monkeypatch.setitem(toy_world.PHASES, "resume", (("16", 5), ("full", 5)))
     world.write_stores(tmp_path / "data")

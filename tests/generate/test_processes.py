@@ -25,7 +25,7 @@ open(f"{sys.argv[3]}/{number}.json", "w").write(json.dumps([a.token_ids for a in
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rows_of_other_processes_are_read(golden, tmp_path):
     model = str(golden / "llada2_tiny_f32")
     command = [str(ROOT / "launch/local_pod.sh"), "2", "1", sys.executable, "-c", WORKER]

@@ -51,7 +51,7 @@ def configuration(data, **log):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_in_a_bucket_goes_on_bit_for_bit(bucket, tmp_path, monkeypatch):
     cfg = configuration(runs.write_data(tmp_path / "data"))
     assert loop.run(cfg, tmp_path / "disk").is_finished

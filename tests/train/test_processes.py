@@ -58,7 +58,7 @@ def assert_near(workdir, other):
         np.testing.assert_allclose(got[key], wanted, atol=ROUNDING, err_msg=key)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_four_processes_train_as_one_does(folder, changes, four):
     cfg = options.from_mapping(runs.run_config(str(folder / "data"), **changes))
     loop.run(cfg, folder / "alone")
@@ -70,7 +70,7 @@ def test_four_processes_train_as_one_does(folder, changes, four):
     assert_near(four, folder / "alone")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_after_a_kill_four_go_on_bit_for_bit_and_two_but_for_rounding(folder, config, four):
     killed = folder / "killed"
     pod = pods.start(config, killed, processes=4, devices=2)

@@ -132,7 +132,7 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(data, whole, tmp_path, mo
         assert m["time/mfu"] == pytest.approx(m["time/flops_per_second"] / 1e12)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_another_mesh_goes_on_from_the_same_step(data, whole, tmp_path, monkeypatch):
     cfg, workdir = configuration(data), tmp_path / "run"
     monkeypatch.setattr(
@@ -174,7 +174,7 @@ def test_a_bad_step_is_reported_with_its_rows_and_stops_the_run(data, tmp_path):
         jax.profiler.stop_trace()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_whose_ranks_share_rows_goes_on_with_whole_rows_and_measures_the_same(data, tmp_path):
     def sample(model, step):
         prompt = np.arange(3, 9)
@@ -214,7 +214,7 @@ def test_a_run_whose_ranks_share_rows_goes_on_with_whole_rows_and_measures_the_s
     assert first["samples/tokens"] == second["samples/tokens"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_runs_end_as_undisturbed_ones(tmp_path):
     cfg = kill_many.write_config(tmp_path, steps=20)
     result = kill_many.kill_many(cfg, tmp_path, kills=2, seed=1)
