@@ -118,15 +118,24 @@ def page(plans: Sequence[choices.Plan], found: dict[str, Any]) -> str:
             f"- {p.model} on {p.place.topology}, {p.place.mesh}: {p.place.why}." for p in chosen
         ]
         parts[f"{kind}_reasons"] = "\n".join(dict.fromkeys(reasons))
-    trained = [found[plan.name]["hbm"] for plan in plans if plan.trains and plan.name in found]
-    ratios = [hbm["peak_over_known_parts"] for hbm in trained if hbm.get("peak_over_known_parts")]
+    trained = [found[plan.name] for plan in plans if plan.trains and plan.name in found]
+    trained = [figures for figures in trained if "error" not in figures]
+    ratios = [x["hbm"]["peak_over_known_parts"] for x in trained if x["hbm"]["fits"]]
     parts["ratios"] = f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else "unknown"
+    summed = max(map(summed_whole, trained), default=0)
+    parts["summed"] = f"{summed / MIB:,.0f}"
     missing = [plan.name for plan in plans if plan.name not in found]
     parts["missing"] = ", ".join(f"`{name}`" for name in missing) or "none"
     text = pathlib.Path(__file__).with_name("page.md").read_text()
     for name, part in parts.items():
         text = text.replace(f"{{{name}}}", part)
     return text
+
+
+def summed_whole(figures: dict[str, Any]) -> float:
+    """Bytes that a chip sends for all-reduces."""
+    rows = figures["collectives"] or ()
+    return sum(row["sent_bytes"] for row in rows if row["kind"] == "all-reduce")
 
 
 def row(plan: choices.Plan, figures: dict[str, Any]) -> list[str]:

@@ -159,3 +159,12 @@ def test_peaks_of_training_are_told_by_their_parts():
     }
     assert len(ratios) >= 12
     assert max(ratios.values()) <= 1.3
+
+
+def test_no_gradient_of_a_matrix_is_summed_whole():
+    """A layer's least matrix would be more."""
+    found = json.loads((ROOT / "docs/plans.json").read_text())
+    trained = {name: x for name, x in found.items() if PLANS[name].trains}
+    assert len(trained) >= 12
+    for name, figures in trained.items():
+        assert run.summed_whole(figures) < 16 * run.MIB, name
