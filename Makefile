@@ -41,7 +41,7 @@ DEMO_PROMPTS := tests/golden/demo_prompts.jsonl
 help:
 	@echo "make demo      convert a tiny checkpoint and generate with it, step by step"
 	@echo "make test      run the tests (ARGS=... goes to pytest)"
-	@echo "make test-long whole runs, killed and gone on with, and the tutorial"
+	@echo "make test-long whole runs, killed and gone on with; the commands of the pages"
 	@echo "make test-tpu  compile for a TPU topology (needs no TPU)"
 	@echo "make check     lint, format, types and import floors"
 	@echo "make toy-world a learning experiment in short: the objective, kills, confidence"

@@ -75,11 +75,8 @@ def entry_point(name: str) -> Callable[[list[str]], int]:
     return found.load()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "page",
-    ["README.md", "convert/README.md", pytest.param("docs/tutorial.md", marks=pytest.mark.long)],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("page", ["README.md", "convert/README.md", "docs/tutorial.md"])
 def test_examples_run_in_their_order(page, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(ROOT)
     ran = 0

@@ -45,7 +45,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     square = jax.random.normal(next(keys), (2048, 2048))
     product = jax.jit(jnp.matmul)
     figures: dict[str, Any] = {"device": jax.devices()[0].device_kind}
+    into = sharding.SERVE_RULES.spec("expert", None, "mlp")
+    back = sharding.SERVE_RULES.spec("expert", "mlp", None)
     with jax.set_mesh(sharding.make_mesh()):
+        weights = jax.device_put(weights, [into, into, back])
         for num_tokens in args.tokens:
             x = jax.random.normal(jax.random.key(1), (1, num_tokens, hidden))
             order = jax.random.uniform(jax.random.key(2), (num_tokens, experts))

@@ -93,7 +93,8 @@ def expert_mlp(
       x: tokens.
       expert_indices: experts of each token, in 0..E-1.
       expert_weights: float32 weight of each of them.
-      gate_proj: one matrix per expert; with a leading L axis where `layer` is given.
+      gate_proj: one matrix per expert, laid out as the rules have it; with a leading L axis where
+        `layer` is given.
       up_proj: as `gate_proj`.
       down_proj: the way back to D.
       layer: which layer of the stack to use, or None if the arrays are one layer's own.

@@ -96,6 +96,7 @@ def test_parameters_of_a_row_compile_nothing(model):
     assert model.num_compilations() == before
 
 
+@pytest.mark.long
 def test_compilations_are_bounded_over_random_traffic(model):
     rng = np.random.default_rng(0)
     before = model.num_compilations()

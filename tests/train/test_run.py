@@ -106,6 +106,7 @@ def test_trained_model_is_exported_loaded_and_generates(whole, tmp_path):
     assert 1 <= len(answer.token_ids) <= 16
 
 
+@pytest.mark.long
 def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(data, whole, tmp_path, monkeypatch):
     # The run ends inside the window of its profile, and resumes inside it.
     log = {"every_steps": 1, "tensorboard": False, "profile_first_step": 4, "profile_steps": 2}
