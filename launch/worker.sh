@@ -170,10 +170,19 @@ pod() {
   fi
   enter
   set_flags
-  local asked='' status=0
+  local asked='' told='' child='' status=0
+  pass_on() {
+    asked=1
+    if [ -n "$child" ]; then
+      told=1
+      kill -TERM "$child" 2>/dev/null || true
+    fi
+  }
+  # Before the command begins: a signal in between would end this script and leave the command.
+  trap pass_on TERM INT
   "${command[@]}" &
-  local child=$!
-  trap 'asked=1; kill -TERM "$child" 2>/dev/null || true' TERM INT
+  child=$!
+  if [ -n "$asked" ] && [ -z "$told" ]; then pass_on; fi
   # A signal interrupts `wait` while the command is still saving.
   while :; do
     status=0
