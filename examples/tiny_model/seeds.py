@@ -188,27 +188,24 @@ def measures(shipped: Run) -> list[Measure]:
         Measure(name=f"{name}, all tasks", value=lambda run: run.fastest(tasks="all"), digits=2),
     ]
     for preset in ("quality", "speed"):
+        for than, lost in (
+            ("the best threshold", Run.lost),
+            ("its threshold without edits", Run.lost_by_edits),
+        ):
+            name = f"`{preset}`, points below {than}"
+            lines += [
+                Measure(
+                    name=name,
+                    goal="<= 1",
+                    value=lambda run, lost=lost, preset=preset: lost(run, preset, tasks="learnt"),
+                    is_reached=lambda value: value <= 1,
+                ),
+                Measure(
+                    name=f"{name}, all tasks",
+                    value=lambda run, lost=lost, preset=preset: lost(run, preset, tasks="all"),
+                ),
+            ]
         lines += [
-            Measure(
-                name=f"`{preset}`, points below the best threshold",
-                goal="<= 1",
-                value=lambda run, preset=preset: run.lost(preset, tasks="learnt"),
-                is_reached=lambda value: value <= 1,
-            ),
-            Measure(
-                name=f"`{preset}`, points below the best threshold, all tasks",
-                value=lambda run, preset=preset: run.lost(preset, tasks="all"),
-            ),
-            Measure(
-                name=f"`{preset}`, points below its threshold without edits",
-                goal="<= 1",
-                value=lambda run, preset=preset: run.lost_by_edits(preset, tasks="learnt"),
-                is_reached=lambda value: value <= 1,
-            ),
-            Measure(
-                name=f"`{preset}`, points below its threshold without edits, all tasks",
-                value=lambda run, preset=preset: run.lost_by_edits(preset, tasks="all"),
-            ),
             Measure(
                 name=f"`{preset}`, wrong tokens recovered, %",
                 goal=">= 80",
