@@ -7,10 +7,15 @@ Bytes are what one device sends along a ring, the fewest that a collective over 
     all-gather                             (n - 1) of its operand, which is 1 / n of its result
     collective-permute                     its operand
     ragged-all-to-all                      (n - 1) / n of its buffer, an upper bound: data decide
+
+For v5e the compiler fuses the steps of one collective into several other instructions, between an
+"async-collective-start" and its "done". Its text then has the whole collective in each of these
+fusions, under one channel and one `chain_id`; it counts once.
 """
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 
 from llada_jax.plan import execution, hlo, replica_groups
@@ -64,10 +69,15 @@ def collectives(module: hlo.Module, mesh_shape: Mapping[str, int]) -> list[Colle
     """
     found: list[Collective] = []
     num_devices = math.prod(mesh_shape.values())
+    chains: set[tuple[str, execution.Context]] = set()
     for computation, i, context in execution.walk(module):
         kind = i.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
+        chain = _chain(i)
+        if chain and (chain, context) in chains:
+            continue
+        chains.add((chain, context))
         groups = replica_groups.groups_of(i.attributes, num_devices)
         if kind == "all-reduce" and _is_scattered(module, computation, i):
             kind = "reduce-scatter"
@@ -94,6 +104,13 @@ def collectives(module: hlo.Module, mesh_shape: Mapping[str, int]) -> list[Colle
             )
         )
     return found
+
+
+def _chain(instruction: hlo.Instruction) -> str:
+    """What the fusions that carry out one collective step by step have in common, or ""."""
+    chain = re.search(r'\bchain_id="?(\w+)', instruction.attributes)
+    channel = re.search(r"\bchannel_id=(\d+)", instruction.attributes)
+    return f"{chain.group(1)}:{channel.group(1)}" if chain and channel else ""
 
 
 def _share(kind: str, size: int) -> float:

@@ -114,6 +114,48 @@ def test_groups_of_one_device_send_nothing():
     assert collectives.collectives(hlo.Module(TEXT.format(body=body)), SHAPE) == []
 
 
+CHAIN = """HloModule test
+
+%start (a: bf16[4,8]) -> bf16[8,8] {
+  %a = bf16[4,8]{1,0} parameter(0)
+  ROOT %g = bf16[8,8]{1,0} all-gather(%a), STEP
+}
+
+%step (b: bf16[4,8], w: bf16[8,8]) -> (bf16[8,8], bf16[8,8]) {
+  %b = bf16[4,8]{1,0} parameter(0)
+  %w = bf16[8,8]{1,0} parameter(1)
+  %h = bf16[8,8]{1,0} all-gather(%b), STEP
+  %n = bf16[8,8]{1,0} negate(%w)
+  ROOT %t = (bf16[8,8]{1,0}, bf16[8,8]{1,0}) tuple(%h, %n)
+}
+
+%done (c: bf16[4,8]) -> bf16[8,8] {
+  %c = bf16[4,8]{1,0} parameter(0)
+  ROOT %i = bf16[8,8]{1,0} all-gather(%c), STEP
+}
+
+ENTRY %main (x: bf16[4,8], y: bf16[8,8]) -> bf16[8,8] {
+  %x = bf16[4,8]{1,0} parameter(0)
+  %y = bf16[8,8]{1,0} parameter(1)
+  %async-collective-start = bf16[8,8]{1,0} fusion(%x), kind=kCustom, calls=%start
+  %f = (bf16[8,8]{1,0}, bf16[8,8]{1,0}) fusion(%x, %y), kind=kLoop, calls=%step
+  %other = bf16[8,8]{1,0} all-gather(%x), OTHER
+  ROOT %async-collective-done = bf16[8,8]{1,0} fusion(%x), kind=kCustom, calls=%done
+}
+"""
+
+
+def test_a_collective_whose_steps_lie_in_several_fusions_counts_once():
+    step = f'channel_id=7, {GROUPS}, dimensions={{0}}, frontend_attributes={{chain_id="3"}}'
+    other = f'channel_id=8, {GROUPS}, dimensions={{0}}, frontend_attributes={{chain_id="4"}}'
+    text = CHAIN.replace("STEP", step).replace("OTHER", other)
+    found = collectives.collectives(hlo.Module(text), SHAPE)
+    assert [(c.kind, c.count, c.sent_bytes) for c in found] == [("all-gather", 1, 64)] * 2
+    # Without that mark they are collectives of their own, also if they share a channel.
+    plain = text.replace('chain_id="3"', 'other="3"')
+    assert len(collectives.collectives(hlo.Module(plain), SHAPE)) == 4
+
+
 def found_in(function, *shapes, spec: P) -> dict[tuple, tuple]:
     """Compiles under shard_map; returns count and bytes sent by kind, axes and circumstances."""
     mesh = sharding.make_mesh(config.MeshConfig(data=2, expert=2, tensor=2))
