@@ -32,6 +32,8 @@ list. Blank lines are skipped.
                         block; edits: tokens replaced after they were written; generated_tokens;
                         tokens_per_forward
 
+On a slice of several hosts each runs the same command with --distributed; the first prints.
+
 Exit status: 0 when all is well, 2 for a mistake in flags, files or requests, 130 after Ctrl-C, 141
 when nobody reads the output any more.
 """
@@ -56,6 +58,7 @@ from llada_jax.cli import (
     generate_answers,
     generate_flags,
     generate_prompts,
+    processes,
     terminal,
 )
 from llada_jax.data import chat
@@ -77,8 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         is_verbose = args.verbose
         logging.use_absl_handler()
         logging.set_verbosity(logging.INFO if is_verbose else logging.WARNING)
-        _run(args)
-        sys.stdout.flush()
+        processes.join(is_pod=args.distributed)
+        with _output_of_the_first():
+            _run(args)
+            sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -93,6 +98,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(terminal.safe_text(f"error: {_message(error)}", sys.stderr), file=sys.stderr)
         return 2
+
+
+@contextlib.contextmanager
+def _output_of_the_first() -> Iterator[None]:
+    """Of several processes, which all have the answers, one writes them."""
+    if not jax.distributed.is_initialized() or jax.process_index() == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -121,6 +136,7 @@ def _run(args: argparse.Namespace) -> None:
     for prompt, prompt_ids, p in zip(prompts, ids, params, strict=True):
         # Checks the request at once, and generates nothing as long as nobody asks for an event.
         _naming(prompt.where, generator.stream, [prompt_ids], [p])
+    processes.check_equal("prompts", (ids, params))
     view = None
     if args.show_denoising:
         view = denoising_view.DenoisingView(

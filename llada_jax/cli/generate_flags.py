@@ -144,6 +144,9 @@ def _parser(documentation: str) -> argparse.ArgumentParser:
         metavar="D,F,E,T",
         help="devices along data, fsdp, expert and tensor; by default one",
     )
+    machine.add_argument(
+        "--distributed", action="store_true", help="several processes, found by jax.distributed"
+    )
     machine.add_argument("--dtype", choices=config.DTYPES, help="by default as stored")
     machine.add_argument(
         "--grouped-matmul",

@@ -9,7 +9,6 @@ field. On a pod every host runs the same command with `--distributed`.
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ import jax
 from absl import flags, logging
 
 from llada_jax import storage
-from llada_jax.cli import run_config, train_data
+from llada_jax.cli import processes, run_config, train_data
 from llada_jax.generate import generator as generator_lib
 from llada_jax.model import transformer
 from llada_jax.train import loop, options
@@ -44,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         mapping = run_config.read(args.config, changes)
-        _start_processes(is_pod=args.distributed)
+        processes.join(is_pod=args.distributed)
         outcome = _run(mapping, storage.folder(args.workdir))
     except loop.BadStepError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -72,19 +71,6 @@ def parser() -> argparse.ArgumentParser:
         "--distributed", action="store_true", help="several processes, found by jax.distributed"
     )
     return made
-
-
-def _start_processes(*, is_pod: bool) -> None:
-    """Joins the other processes: a pod's, or those that `launch/local_pod.sh` started."""
-    coordinator = os.environ.get("LLADA_COORDINATOR")
-    if coordinator is not None:
-        jax.distributed.initialize(
-            coordinator,
-            int(os.environ["LLADA_NUM_PROCESSES"]),
-            int(os.environ["LLADA_PROCESS_ID"]),
-        )
-    elif is_pod:
-        jax.distributed.initialize()
 
 
 def _run(mapping: Mapping[str, Any], workdir: storage.Folder) -> loop.Outcome:

@@ -1,4 +1,4 @@
-"""Processes that share a mesh, as in a training run that samples, get what one gets."""
+"""Processes that share a mesh answer as one does, and the first of them prints."""
 
 import json
 import os
@@ -13,33 +13,51 @@ from tests.train import kill_many
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5]]
-WORKER = """
-import json, os, sys
-import jax
-count, number = (int(os.environ[f"LLADA_{name}"]) for name in ("NUM_PROCESSES", "PROCESS_ID"))
-jax.distributed.initialize(os.environ["LLADA_COORDINATOR"], count, number)
-from llada_jax import generate
-generator = generate.Generator.from_pretrained(sys.argv[1], mesh="2,1,1,1")
-answers = generator.generate(json.loads(sys.argv[2]), gen_length=8, block_length=8)
-open(f"{sys.argv[3]}/{number}.json", "w").write(json.dumps([a.token_ids for a in answers]))
-"""
+SIZES = ("--gen-length", "8", "--block-length", "8")
+GENERATE = f"{sys.executable} -m llada_jax.cli.generate"
+
+
+def run_pod(command, folder):
+    """Two processes of one device; returns the status and what each wrote."""
+    env = os.environ | {
+        "XLA_FLAGS": kill_many.QUICK_COMPILES,
+        "LOCAL_POD_LOGS": str(folder / "logs"),
+        "LOCAL_POD_GRACE_SECONDS": "5",
+    }
+    done = subprocess.run(
+        [str(ROOT / "launch/local_pod.sh"), "2", "1", "bash", "-c", command],
+        env=env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    return done.returncode, [(folder / f"logs/process_{i}.log").read_text() for i in (0, 1)]
 
 
 @pytest.mark.long
-def test_rows_of_other_processes_are_read(golden, tmp_path):
+def test_two_processes_answer_as_one_and_the_first_prints(golden, tmp_path):
     model = str(golden / "llada2_tiny_f32")
-    command = [str(ROOT / "launch/local_pod.sh"), "2", "1", sys.executable, "-c", WORKER]
-    command += [model, json.dumps(PROMPTS), str(tmp_path)]
-    env = os.environ | {
-        "XLA_FLAGS": kill_many.QUICK_COMPILES,
-        "LOCAL_POD_LOGS": str(tmp_path / "logs"),
-    }
-    done = subprocess.run(
-        command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
+    words = f"--token-ids {file} --json --mesh 1,1,2,1 --dispatch all_gather {' '.join(SIZES)}"
+    status, logs = run_pod(f"{GENERATE} {model} {words} --distributed", tmp_path)
+    assert status == 0, logs
+    lines = [[line for line in log.splitlines() if line.startswith("{")] for log in logs]
+    assert lines[1] == []
     alone = generate.Generator.from_pretrained(model)
     answers = alone.generate(PROMPTS, gen_length=8, block_length=8)
-    wanted = [list(answer.token_ids) for answer in answers]
-    for number in (0, 1):
-        assert json.loads((tmp_path / f"{number}.json").read_text()) == wanted
+    assert [json.loads(line)["token_ids"] for line in lines[0]] == [
+        list(answer.token_ids) for answer in answers
+    ]
+
+
+@pytest.mark.long
+def test_processes_with_different_prompts_are_refused(golden, tmp_path):
+    for i, prompt in enumerate(PROMPTS):
+        (tmp_path / f"{i}.jsonl").write_text(f"{prompt}\n")
+    words = f'--token-ids "{tmp_path}/$LLADA_PROCESS_ID.jsonl" --mesh 2,1,1,1 {" ".join(SIZES)}'
+    status, logs = run_pod(f"{GENERATE} {golden}/llada2_tiny_f32 {words} --distributed", tmp_path)
+    assert status == 2
+    assert any("prompts: process 1 was given others than process 0" in log for log in logs)

@@ -1,0 +1,44 @@
+"""Commands that several processes run together: on the hosts of a pod, or on one machine."""
+
+import hashlib
+import os
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+def join(*, is_pod: bool) -> None:
+    """Joins the other processes: a pod's, or those that `launch/local_pod.sh` started.
+
+    Args:
+      is_pod: whether `jax.distributed` is to find them.
+    """
+    coordinator = os.environ.get("LLADA_COORDINATOR")
+    if coordinator is not None:
+        jax.distributed.initialize(
+            coordinator,
+            int(os.environ["LLADA_NUM_PROCESSES"]),
+            int(os.environ["LLADA_PROCESS_ID"]),
+        )
+    elif is_pod:
+        jax.distributed.initialize()
+
+
+def check_equal(what: str, value: object) -> None:
+    """Raises a ValueError in every process if not all were given the same.
+
+    Args:
+      what: the value's name in the message.
+      value: of which `repr` tells all.
+    """
+    if jax.process_count() == 1:
+        return
+    digest = hashlib.sha256(repr(value).encode()).digest()
+    found = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
+    others = [i for i, row in enumerate(np.asarray(found)) if (row != found[0]).any()]
+    if others:
+        raise ValueError(
+            f"{what}: process {others[0]} was given others than process 0; all processes need the "
+            "same flags and files"
+        )
