@@ -35,7 +35,7 @@ def write_data(folder, *, num_documents=200, seed=0):
     return str(folder)
 
 
-def run_config(data, **changes):
+def run_config(data, /, **changes):
     """The nested mapping of a run, as a config file gives it."""
     rate = {"peak": 3e-3, "kind": "constant"}
     mapping = {

@@ -92,6 +92,32 @@ def test_after_a_kill_four_go_on_bit_for_bit_and_two_but_for_rounding(folder, co
     assert_near(folder / "halved", four)
 
 
+@pytest.mark.long
+def test_two_processes_share_rows_as_one_does(tmp_path, changes):
+    """The ranks of `expert` lie in both: keys and values of every row pass between processes."""
+    changes = changes | {
+        "batch_size": 2,
+        "mesh": {"expert": 4},
+        "data": {
+            "sources": [{"path": str(tmp_path / "data")}],
+            "packing": {"row_length": 1024, "block_length": 32},
+        },
+        "phases": [changes["phases"][0] | {"steps": 2}],
+        "compute": {"dtype": "float32", "remat": "none", "context_parallel": True},
+    }
+    config = kill_many.write_config(tmp_path, steps=2, **changes)
+    two = pods.finish(config, tmp_path / "two", processes=2, devices=2)
+    loop.run(
+        options.from_mapping(runs.run_config(str(tmp_path / "data"), **changes)), tmp_path / "alone"
+    )
+    found = [metrics.read_metrics(workdir) for workdir in (tmp_path / "alone", two)]
+    for one, other in zip(*found, strict=True):
+        for name in ("train/loss", "train/grad_norm", "train/target_tokens"):
+            np.testing.assert_allclose(other[name], one[name], rtol=1e-5, err_msg=name)
+        assert other["router/load"] == one["router/load"]
+    assert_near(two, tmp_path / "alone")
+
+
 def test_a_process_that_fails_ends_the_others(tmp_path):
     script = tmp_path / "worker.sh"
     # The last one is deaf to SIGTERM.
