@@ -1,10 +1,8 @@
-"""The toy world: its documents, its runs, its verdicts, and the short version in small."""
+"""The toy world: its documents, its runs and its verdicts; `make toy-world` runs it in short."""
 
 import json
 import math
-import os
 import pathlib
-import subprocess
 import sys
 import types
 from typing import Any
@@ -13,11 +11,10 @@ import numpy as np
 import pytest
 
 from configs import toy_world
-from examples.toy_world import measure, resume, stages, targets, world
+from examples.toy_world import measure, stages, targets, world
 from examples.toy_world import run as run_lib
 from llada_jax.generate import request
 from llada_jax.train import architecture, goals, options
-from tests.train import kill_many
 
 ROOT = pathlib.Path(__file__).parents[2]
 RUNS = sorted({*toy_world.PHASES, *toy_world.PARENTS})
@@ -230,35 +227,38 @@ def test_every_stage_that_a_check_takes_is_one():
             assert {path.split("/")[0] for path in paths} <= known
 
 
-@pytest.mark.long
-def test_the_short_version_runs_to_its_table(tmp_path):
-    """Two hundredths of the steps, and no kills: these have a test of their own."""
+def test_what_is_finished_is_not_done_again_and_other_seeds_stay(tmp_path, monkeypatch, capsys):
+    """With stages that only say what they were asked; `make toy-world` runs the real ones."""
+    asked = []
+
+    def stage(seed, name):
+        asked.append((seed.seed, name))
+        return {"tau_0.95": {"accuracy": 0.9, "tokens_per_forward": 2.0 + (name == "cap")}}
+
+    def stages_of(seed):
+        names = ("base", "cap", "objective")
+        return {name: lambda name=name: stage(seed, name) for name in names}
+
+    monkeypatch.setattr(run_lib, "fast_stages", stages_of)
+    monkeypatch.setattr(run_lib.world, "write_stores", lambda _: None)
+    # JAX has its devices by now.
+    monkeypatch.setattr(run_lib.jax.config, "update", lambda *_: None)
     out = tmp_path / "results.json"
-    command = [sys.executable, "-m", "examples.toy_world.run", "--fast", "--scale", "0.02"]
-    command += ["--seeds", "3", "--workdir", str(tmp_path / "work"), "--out", str(out)]
-    command += ["--only", "base", "cap", "objective"]
-    env = os.environ | {"XLA_FLAGS": kill_many.QUICK_COMPILES, "JAX_PLATFORMS": "cpu"}
-
-    def run():
-        return subprocess.run(
-            command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False
-        )
-
-    done = run()
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = ["run", "--fast", "--seeds", "3", "--only", "base", "cap", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [*command, "--workdir", str(tmp_path / "work")])
+    run_lib.main()
+    assert asked == [(3, "base"), (3, "cap")]
     results = json.loads(out.read_text())
-    (seed,) = results["seeds"].values()
-    assert list(seed) == ["base", "cap", "objective"]
-    assert seed["objective"]["difference_at_1"] < 1e-5
-    assert seed["objective"]["standard_errors"] < 4
-    assert "tokens per forward at threshold 0.95, with over without" in done.stdout
+    assert list(results["seeds"]) == ["3"]
+    assert list(results["seeds"]["3"]) == ["base", "cap"]
+    assert targets.figures(SPEEDUP, results) == [1.5]
     assert out.with_suffix(".md").read_text() == targets.page(results)
-    assert targets.figures(SPEEDUP, results)[0] > 0
+    assert targets.page(results) in capsys.readouterr().out
 
-    # What is finished is not done again, and seeds from elsewhere stay.
     other = {"7": {"base": {"run": {}}}}
     out.write_text(json.dumps(results | {"seeds": other}))
-    assert run().returncode == 0
+    run_lib.main()
+    assert asked == [(3, "base"), (3, "cap")]
     assert json.loads(out.read_text()) == results | {"seeds": other | results["seeds"]}
 
 
@@ -268,14 +268,3 @@ def test_results_of_other_settings_are_left_alone(tmp_path):
     out.write_text(json.dumps({"settings": {"scale": 0.1}, "seeds": {}}))
     with pytest.raises(SystemExit, match=r"\{'scale': 0.1\}, and these .* \{'scale': 1.0\}; move"):
         run_lib.kept_results(out, settings)
-
-
-@pytest.mark.long
-def test_a_kill_in_each_phase_changes_no_bit(tmp_path, monkeypatch):
-    monkeypatch.setitem(toy_world.PHASES, "resume", (("16", 5), ("full", 5)))
-    world.write_stores(tmp_path / "data")
-    found = resume.check(stages.Seed(tmp_path, 0, 1.0))
-    assert found["num_kills"] == 2
-    assert 1 <= found["killed_at"][0] <= 5 < found["killed_at"][1] <= 10
-    assert found["num_tensors"] > 50
-    assert found["num_differing"] == 0
