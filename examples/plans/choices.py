@@ -15,12 +15,14 @@ class Place:
       mesh: data, fsdp, expert, tensor.
       rows: of a batch.
       why: the reason for the mesh.
+      dispatch: of tokens to their experts, where a model is sampled from.
     """
 
     topology: str
     mesh: str
     rows: int
     why: str
+    dispatch: str = "all_gather"
 
     @property
     def chip(self) -> str:
@@ -73,7 +75,13 @@ SAMPLING = {
         Place(topology="v6e:2x4", mesh="1,1,8,1", rows=16, why=_ROWS),
     ),
     "flash": (
-        Place(topology="v5p:2x2x4", mesh="1,1,16,1", rows=16, why=_ROWS),
+        Place(
+            topology="v5p:2x2x4",
+            mesh="1,1,16,1",
+            rows=16,
+            why=f"{_ROWS}; over a whole slice of three dimensions only an exchange scatters sums",
+            dispatch="all_gather_exchange",
+        ),
         Place(topology="v6e:4x8", mesh="1,1,32,1", rows=32, why=f"{_ROWS}; a row per chip"),
         Place(topology="v5e:4x8", mesh="1,1,32,1", rows=32, why=f"{_ROWS}; a row per chip"),
     ),
@@ -99,6 +107,9 @@ PHASES = {"block": "decay_32", "masked": "stable"}
 LENGTHS = {"4k": 4096, "8k": 8192, "32k": 32768}
 # From this length on, the ranks of `expert` share rows.
 SHARED_LENGTH = 32768
+# Positions of a chip, at least: for fewer, the buffers of tokens on their way to experts have more
+# room for an uneven load than a fifth of what they hold.
+POSITIONS = 4096
 
 
 def plans() -> list[Plan]:
@@ -125,7 +136,7 @@ def _sampling() -> list[Plan]:
                 what=what,
                 place=place,
                 source=model,
-                options=("--dispatch", "all_gather", *words),
+                options=("--dispatch", place.dispatch, *words),
             )
             for place in places
         ]
@@ -141,7 +152,9 @@ def _training() -> list[Plan]:
         for place in places:
             if is_shared:
                 ranks = config.MeshConfig.parse(place.mesh).expert
-                place = dataclasses.replace(place, rows=place.rows // ranks)
+                positions = length * (2 if kind == "block" else 1) // ranks
+                rows = place.rows // ranks * max(1, POSITIONS // positions)
+                place = dataclasses.replace(place, rows=rows)
             found.append(
                 Plan(
                     model=model,

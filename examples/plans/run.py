@@ -19,6 +19,8 @@ from typing import Any
 
 from examples.plans import choices
 from examples.tiny_model import results
+from llada_jax import config
+from llada_jax.plan import traffic
 
 GIB = 2**30
 MIB = 2**20
@@ -124,6 +126,13 @@ def page(plans: Sequence[choices.Plan], found: dict[str, Any]) -> str:
     parts["ratios"] = f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else "unknown"
     summed = max(map(summed_whole, trained), default=0)
     parts["summed"] = f"{summed / MIB:,.0f}"
+    for kind, trains in (("sampled", False), ("dispatched", True)):
+        shares = [
+            over_arithmetic(plan, found[plan.name])
+            for plan in plans
+            if plan.trains == trains and found.get(plan.name, {}).get("collectives")
+        ]
+        parts[kind] = f"{min(shares):.2f} to {max(shares):.2f}" if shares else "unknown"
     missing = [plan.name for plan in plans if plan.name not in found]
     parts["missing"] = ", ".join(f"`{name}`" for name in missing) or "none"
     text = pathlib.Path(__file__).with_name("page.md").read_text()
@@ -136,6 +145,32 @@ def summed_whole(figures: dict[str, Any]) -> float:
     """Bytes that a chip sends for all-reduces."""
     rows = figures["collectives"] or ()
     return sum(row["sent_bytes"] for row in rows if row["kind"] == "all-reduce")
+
+
+def over_arithmetic(plan: choices.Plan, figures: dict[str, Any]) -> float:
+    """What tokens on their way to experts and back send, over what the dispatch must send.
+
+    Sampling: all that travels along `expert`. Training: the exchanges, those of the embedding and
+    the head among them. Further rounds of an uneven load are not counted.
+    """
+    cfg = config.ModelConfig.preset(plan.model)
+    ranks = figures["mesh"]["expert"]
+    positions = figures["tokens_per_step"] * (2 if plan.short.startswith("block") else 1)
+    needed = positions * cfg.num_moe_layers / figures["chips"]
+    # A training step has no flag for the dispatch; this is its default on a TPU.
+    algorithm = "group_aligned" if plan.trains else plan.place.dispatch
+    needed *= traffic.dispatched(algorithm, cfg, ranks) * (2.5 if plan.trains else 1)
+    found = sum(
+        row["sent_bytes"]
+        for row in always(figures["collectives"])
+        if row["axes"] == "expert" and (row["kind"] == "all-to-all" or not plan.trains)
+    )
+    return found / needed
+
+
+def always(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The collectives of every step; nothing of branches and further rounds."""
+    return [row for row in rows if not row["in_a_branch"] and not row["in_loops_of_unknown_length"]]
 
 
 def row(plan: choices.Plan, figures: dict[str, Any]) -> list[str]:
@@ -165,15 +200,12 @@ def row(plan: choices.Plan, figures: dict[str, Any]) -> list[str]:
 
 
 def sent(rows: Sequence[dict[str, Any]] | None) -> str:
-    """What every step sends, by kind and axes; nothing of branches and further rounds."""
+    """What every step sends, by kind and axes."""
     if rows is None:
         return "unknown"
-    always = [
-        row for row in rows if not row["in_a_branch"] and not row["in_loops_of_unknown_length"]
-    ]
     large = [
         f"{row['kind']} {row['axes']} {row['sent_bytes'] / MIB:,.0f}"
-        for row in always
+        for row in always(rows)
         if row["sent_bytes"] >= MIB
     ]
     return "; ".join(large)

@@ -4,12 +4,19 @@ Dropless: every token reaches each of its experts, whatever the load. Buffers ha
 what does not fit takes further rounds or windows, whose number comes from the data. That this is so
 is counted where the rows are multiplied, and compared with the choices made.
 
-    replicated     every device of the `expert` axis sees the same tokens, computes its experts'
-                   share, and the shares are summed: for the small batches of decoding
-    all_gather     the devices' tokens are gathered, and the sums scattered back
-    all_to_all     a token travels once for each of its experts
-    group_aligned  a token travels once to each device that holds one of its experts: with experts
-                   laid out by groups and choices limited to a few, to few devices
+    replicated           every device of the `expert` axis sees the same tokens, computes its
+                         experts' share, and the shares are summed: for the small batches of
+                         decoding
+    all_gather           the devices' tokens are gathered, and the sums scattered back
+    all_gather_exchange  the same, but each device is sent the others' shares of its tokens, and
+                         sums them itself
+    all_to_all           a token travels once for each of its experts
+    group_aligned        a token travels once to each device that holds one of its experts: with
+                         experts laid out by groups and choices limited to a few, to few devices
+
+libtpu 0.0.52 has no reduce-scatter over the whole of a three-dimensional slice (v5p:2x2x4 with all
+chips along `expert`), nor over v5e:4x4: "all_gather" becomes an all-reduce there, which sends twice
+as much. "all_gather_exchange" sends what a reduce-scatter would, on every slice.
 
 The last two also exist with `lax.ragged_all_to_all` (`ragged_all_to_all`, `ragged_group_aligned`),
 which sends no padding and which not every backend has.
@@ -30,6 +37,7 @@ from llada_jax.ops import local_experts, shared_weights, token_exchange
 ALGORITHMS = (
     "replicated",
     "all_gather",
+    "all_gather_exchange",
     "all_to_all",
     "group_aligned",
     "ragged_all_to_all",
@@ -197,11 +205,16 @@ def _experts_of(
             jax.lax.all_gather(a, axes, tiled=True) if axes else a for a in (x, indices, weights)
         )
         out, num_computed = of_own_experts(*tokens, *matrices)
-        return (jax.lax.psum_scatter(out, axes, tiled=True) if axes else out), num_computed
+        if not axes:
+            return out, num_computed
+        if dispatch.algorithm == "all_gather":
+            return jax.lax.psum_scatter(out, axes, tiled=True), num_computed
+        parts = jnp.reshape(out, (num_ranks, *x.shape))
+        return jnp.sum(jax.lax.all_to_all(parts, axes, 0, 0), axis=0), num_computed
 
     if dispatch.algorithm == "replicated":
         return of_own_experts
-    if dispatch.algorithm == "all_gather":
+    if dispatch.algorithm in ("all_gather", "all_gather_exchange"):
         return gathered
 
     def exchanged(x, indices, weights, *matrices):

@@ -1,4 +1,4 @@
-"""The least that a device must move between its memory and its cores in a step, by formula.
+"""The least that a step must move, by formula: from and to memory, and of tokens to their experts.
 
 Each formula counts what no arrangement of the same computation avoids, so that bytes divided by the
 bandwidth are a bound from below. What a compiler adds to it, such as copies, is not in it.
@@ -147,3 +147,29 @@ def layer_working_set(
     per_token = 2 * (sent + choices) * cfg.hidden_size + 3 * choices * inner
     matrices = 3 * cfg.num_experts / ranks * cfg.hidden_size * inner
     return 2 * (device_tokens * per_token + matrices) * jnp.dtype(compute.dtype).itemsize
+
+
+def dispatched(algorithm: str, cfg: config.ModelConfig, num_ranks: int) -> float:
+    """Bytes that all ranks together send for one token and one layer, forward, along rings.
+
+    Where tokens travel they do so in bfloat16, there and back; sums travel in float32. Choices are
+    at random and the load is even; indices, weights and room in buffers are left out. Backward,
+    where the layer is computed again, rows go there once more, and gradients of results and of rows
+    travel: one and a half times as much.
+
+    Args:
+      algorithm: one of `expert_parallel.ALGORITHMS`.
+      cfg: the architecture.
+      num_ranks: of experts.
+    """
+    row, total = 2 * cfg.hidden_size, 4 * cfg.hidden_size
+    if algorithm == "replicated":
+        return 2 * (num_ranks - 1) * total
+    if algorithm.startswith("all_gather"):
+        return (num_ranks - 1) * (row + total)
+    others, choices = (num_ranks - 1) / num_ranks, cfg.num_experts_per_tok
+    if algorithm.endswith("all_to_all"):
+        return 2 * choices * others * row
+    groups = (cfg.n_group, cfg.topk_group)
+    ranks = token_exchange.mean_ranks(num_ranks, cfg.num_experts, choices, *groups)
+    return 2 * ranks * others * row

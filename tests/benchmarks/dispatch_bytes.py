@@ -2,7 +2,7 @@
 
     python tests/benchmarks/dispatch_bytes.py --slice v5e:2x4 --tokens 4096
 
-One mixture-of-experts layer of the mini preset, forward, its experts over all chips of the slice.
+One mixture-of-experts layer of a preset, forward, its experts over all chips of the slice.
 Prints one JSON object per algorithm: bytes sent per token, by all chips together along rings; what
 the algorithm's own arithmetic needs, without indices, weights and room in buffers; and their ratio.
 Where an uneven load takes several rounds, one is counted. Needs the `tpu` extra, and no TPU.
@@ -16,24 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from llada_jax import config, sharding
-from llada_jax.ops import expert_parallel, token_exchange
-from llada_jax.plan import collectives, compiled, hardware
-
-
-def needed_bytes(algorithm: str, cfg: config.ModelConfig, num_ranks: int) -> float:
-    """Per token, in bfloat16 where tokens travel and float32 where sums do."""
-    row, total = 2 * cfg.hidden_size, 4 * cfg.hidden_size
-    if algorithm == "replicated":
-        return 2 * (num_ranks - 1) * total
-    if algorithm == "all_gather":
-        return (num_ranks - 1) * (row + total)
-    others = (num_ranks - 1) / num_ranks
-    if algorithm.endswith("all_to_all"):
-        return 2 * cfg.num_experts_per_tok * others * row
-    ranks = token_exchange.mean_ranks(
-        num_ranks, cfg.num_experts, cfg.num_experts_per_tok, cfg.n_group, cfg.topk_group
-    )
-    return 2 * ranks * others * row
+from llada_jax.ops import expert_parallel
+from llada_jax.plan import collectives, compiled, hardware, traffic
 
 
 def compile_layer(
@@ -74,25 +58,26 @@ def main() -> None:
     """Compiles the layer with every algorithm asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--slice", default="v5e:2x4", help="chips, as in v5p:2x2x2")
+    parser.add_argument("--preset", default="mini", choices=("mini", "flash"))
     parser.add_argument("--tokens", type=int, default=4096, help="per chip")
     parser.add_argument(
         "--algorithms",
         nargs="+",
         choices=expert_parallel.ALGORITHMS,
-        default=expert_parallel.ALGORITHMS[:4],
+        default=expert_parallel.ALGORITHMS[:5],
     )
     args = parser.parse_args()
     where = hardware.find_slice(args.slice)
     num_chips = len(where.devices)
     mesh = hardware.make_mesh(where, config.MeshConfig(expert=num_chips))
-    cfg = config.ModelConfig.preset("mini")
+    cfg = config.ModelConfig.preset(args.preset)
     for algorithm in args.algorithms:
         done = compile_layer(algorithm, cfg, mesh, args.tokens)
         assert done.module is not None
         found = collectives.collectives(done.module, dict(mesh.shape))
         first = [c for c in found if not c.unknown_loops]
         sent = sum(c.sent_bytes * c.count for c in first) / args.tokens
-        needed = needed_bytes(algorithm, cfg, num_chips)
+        needed = traffic.dispatched(algorithm, cfg, num_chips)
         figures = {
             "algorithm": algorithm,
             "bytes_per_token": round(sent),

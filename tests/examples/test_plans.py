@@ -10,10 +10,12 @@ import pytest
 from examples.plans import choices, run
 from llada_jax import config, sharding
 from llada_jax.cli import compile as compile_cli
+from llada_jax.ops import token_exchange
 from llada_jax.plan import hardware
 
 ROOT = pathlib.Path(__file__).parents[2]
 PLANS = {plan.name: plan for plan in choices.plans()}
+TWO_ROWS = {f"flash_{chip}_masked_32k" for chip in ("v5p", "v6e", "v5e")}
 
 
 def arguments(plan):
@@ -47,10 +49,13 @@ def test_a_plan_can_be_compiled(name):
         args.config = str(ROOT / args.config)
         cfg = compile_cli.train_config(args, changes)
         assert args.phase in {phase.name for phase in cfg.phases}
-        # A row per chip, or for the chips that share one.
+        # A row per chip, or for the chips that share it; two where a chip's share is short.
         rows = sharding.num_shards(cfg.compute.rules.batch, dataclasses.asdict(mesh))
-        assert cfg.batch_size == rows
         assert rows == (chips // mesh.expert if cfg.compute.context_parallel else chips)
+        copies = 2 if plan.short.startswith("block") else 1
+        positions = cfg.batch_size * copies * cfg.data.packing.row_length // chips
+        assert positions >= 4096
+        assert cfg.batch_size == rows * (2 if name in TWO_ROWS else 1)
 
 
 def report(*, fits=True, **hbm):
@@ -75,6 +80,9 @@ def report(*, fits=True, **hbm):
         "hbm": memory | {"argument_parts_bytes": sizes} | hbm,
         "collectives": [row, row | {"in_a_branch": True}, row | {"kind": "tiny", "sent_bytes": 9}],
         "roofline": {"bound_seconds": 0.0125, "bound_by": "HBM"},
+        "mesh": {"expert": 8},
+        "chips": 16,
+        "tokens_per_step": 16 * 4096,
         "text": "not kept",
     }
 
@@ -159,6 +167,49 @@ def test_peaks_of_training_are_told_by_their_parts():
     }
     assert len(ratios) >= 12
     assert max(ratios.values()) <= 1.3
+
+
+def test_what_is_sent_is_compared_with_what_the_dispatch_needs():
+    # 4,096 positions per chip, twice for blocks; the 31 layers of flash, 4,096 wide. To other
+    # chips, of eight: 7/8 of those that hold one of a token's groups, by "all_gather" 7.
+    sampled, trained = PLANS["flash_v6e_denoise_4k"], PLANS["flash_v5p_block_4k"]
+    rows = report()["collectives"]
+    gathered = 4096 * 31 * 7 * 4096 * (2 + 4)
+    assert run.over_arithmetic(sampled, report()) == pytest.approx(2048 * run.MIB / gathered)
+    ranks = token_exchange.mean_ranks(8, 256, 8, 8, 4)
+    exchanged = 2 * 4096 * 31 * ranks * 7 / 8 * 4096 * 2 * 5
+    assert run.over_arithmetic(trained, report()) == pytest.approx(2048 * run.MIB / exchanged)
+    summed = {**report(), "collectives": [*rows, rows[0] | {"kind": "all-reduce"}]}
+    assert run.over_arithmetic(sampled, summed) == pytest.approx(4096 * run.MIB / gathered)
+    assert run.over_arithmetic(trained, summed) == pytest.approx(2048 * run.MIB / exchanged)
+
+
+def compiled_figures():
+    found = json.loads((ROOT / "docs/plans.json").read_text())
+    return [(PLANS[name], x) for name, x in found.items() if "error" not in x and x["collectives"]]
+
+
+def test_tokens_send_what_their_dispatch_needs():
+    """The goal: at most 1.2 times its own arithmetic."""
+    found = compiled_figures()
+    assert len(found) >= 50
+    for plan, figures in found:
+        assert 0.99 < run.over_arithmetic(plan, figures) <= 1.2, plan.name
+
+
+def test_weights_are_gathered_twice_at_most():
+    """Forward, and for the layer that backward computes again; their gradient is scattered once.
+
+    Along `expert` go keys and values too: gathered twice in bfloat16, their gradients in float32.
+    """
+    trained = [(plan, x) for plan, x in compiled_figures() if plan.trains]
+    assert len(trained) >= 30
+    for plan, figures in trained:
+        rows = run.always(figures["collectives"])
+        sent = {(row["kind"], row["axes"]): row["sent_bytes"] for row in rows}
+        for axis in ("fsdp", "expert"):
+            gathered, scattered = (sent[kind, axis] for kind in ("all-gather", "reduce-scatter"))
+            assert 0.9 < gathered / scattered <= 2, (plan.name, axis)
 
 
 def test_no_gradient_of_a_matrix_is_summed_whole():
