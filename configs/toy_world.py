@@ -49,7 +49,7 @@ PHASES: dict[str, Phases] = {
     "router_on": (("next", 200),),
     "router_off": (("next", 200),),
     "resume": tuple((name, 8) for name, _ in WSD),
-    "fast_start": (("16", 600),),
+    "fast_start": (("16", 400),),
 }
 # Fine-tuning: what differs from the base; of "small" and "pairs" also the data.
 SFT: dict[str, dict[str, dict[str, Any]]] = {
