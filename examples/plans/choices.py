@@ -107,6 +107,8 @@ PHASES = {"block": "decay_32", "masked": "stable"}
 LENGTHS = {"4k": 4096, "8k": 8192, "32k": 32768}
 # From this length on, the ranks of `expert` share rows.
 SHARED_LENGTH = 32768
+# And shorter ones of which a chip has no room for one: 18.71 of 15.75 GiB.
+SHARED = {("flash", "v5e", "block_8k")}
 # Positions of a chip, at least: for fewer, the buffers of tokens on their way to experts have more
 # room for an uneven load than a fifth of what they hold.
 POSITIONS = 4096
@@ -148,8 +150,9 @@ def _training() -> list[Plan]:
     for (model, places), (kind, phase), (short, length) in itertools.product(
         TRAINING.items(), PHASES.items(), LENGTHS.items()
     ):
-        is_shared = length >= SHARED_LENGTH
         for place in places:
+            where = (model, place.chip, f"{kind}_{short}")
+            is_shared = length >= SHARED_LENGTH or where in SHARED
             if is_shared:
                 ranks = config.MeshConfig.parse(place.mesh).expert
                 positions = length * (2 if kind == "block" else 1) // ranks

@@ -15,7 +15,11 @@ from llada_jax.plan import hardware
 
 ROOT = pathlib.Path(__file__).parents[2]
 PLANS = {plan.name: plan for plan in choices.plans()}
-TWO_ROWS = {f"flash_{chip}_masked_32k" for chip in ("v5p", "v6e", "v5e")}
+# Where chips share rows: how many, if more than one.
+SHARED_ROWS = {
+    **{f"flash_{chip}_masked_32k": 2 for chip in ("v5p", "v6e", "v5e")},
+    "flash_v5e_block_8k": 4,
+}
 
 
 def arguments(plan):
@@ -49,13 +53,13 @@ def test_a_plan_can_be_compiled(name):
         args.config = str(ROOT / args.config)
         cfg = compile_cli.train_config(args, changes)
         assert args.phase in {phase.name for phase in cfg.phases}
-        # A row per chip, or for the chips that share it; two where a chip's share is short.
+        # A row per chip, or for the chips that share it; more where a chip's share is short.
         rows = sharding.num_shards(cfg.compute.rules.batch, dataclasses.asdict(mesh))
         assert rows == (chips // mesh.expert if cfg.compute.context_parallel else chips)
         copies = 2 if plan.short.startswith("block") else 1
         positions = cfg.batch_size * copies * cfg.data.packing.row_length // chips
         assert positions >= 4096
-        assert cfg.batch_size == rows * (2 if name in TWO_ROWS else 1)
+        assert cfg.batch_size == rows * SHARED_ROWS.get(name, 1)
 
 
 def report(*, fits=True, **hbm):
@@ -157,16 +161,22 @@ def test_the_page_is_that_of_its_figures():
     assert (ROOT / "docs/plans.md").read_text() == run.page(choices.plans(), found)
 
 
+def compiled_figures():
+    found = json.loads((ROOT / "docs/plans.json").read_text())
+    return [(PLANS[name], figures) for name, figures in found.items()]
+
+
+def test_every_plan_is_compiled_and_fits():
+    found = compiled_figures()
+    assert [plan.name for plan, _ in found] == list(PLANS)
+    assert all("error" not in figures and figures["hbm"]["fits"] for _, figures in found)
+
+
 def test_peaks_of_training_are_told_by_their_parts():
     """The goal: state, gradients, what remat saves and a layer are all but a quarter of a peak."""
-    found = json.loads((ROOT / "docs/plans.json").read_text())
-    ratios = {
-        name: figures["hbm"]["peak_over_known_parts"]
-        for name, figures in found.items()
-        if PLANS[name].trains and figures["hbm"]["fits"]
-    }
-    assert len(ratios) >= 12
-    assert max(ratios.values()) <= 1.3
+    for plan, figures in compiled_figures():
+        if plan.trains:
+            assert figures["hbm"]["peak_over_known_parts"] <= 1.3, plan.name
 
 
 def test_what_is_sent_is_compared_with_what_the_dispatch_needs():
@@ -184,16 +194,9 @@ def test_what_is_sent_is_compared_with_what_the_dispatch_needs():
     assert run.over_arithmetic(trained, summed) == pytest.approx(2048 * run.MIB / exchanged)
 
 
-def compiled_figures():
-    found = json.loads((ROOT / "docs/plans.json").read_text())
-    return [(PLANS[name], x) for name, x in found.items() if "error" not in x and x["collectives"]]
-
-
 def test_tokens_send_what_their_dispatch_needs():
     """The goal: at most 1.2 times its own arithmetic."""
-    found = compiled_figures()
-    assert len(found) >= 50
-    for plan, figures in found:
+    for plan, figures in compiled_figures():
         assert 0.99 < run.over_arithmetic(plan, figures) <= 1.2, plan.name
 
 
@@ -202,9 +205,9 @@ def test_weights_are_gathered_twice_at_most():
 
     Along `expert` go keys and values too: gathered twice in bfloat16, their gradients in float32.
     """
-    trained = [(plan, x) for plan, x in compiled_figures() if plan.trains]
-    assert len(trained) >= 30
-    for plan, figures in trained:
+    for plan, figures in compiled_figures():
+        if not plan.trains:
+            continue
         rows = run.always(figures["collectives"])
         sent = {(row["kind"], row["axes"]): row["sent_bytes"] for row in rows}
         for axis in ("fsdp", "expert"):
@@ -214,8 +217,6 @@ def test_weights_are_gathered_twice_at_most():
 
 def test_no_gradient_of_a_matrix_is_summed_whole():
     """A layer's least matrix would be more."""
-    found = json.loads((ROOT / "docs/plans.json").read_text())
-    trained = {name: x for name, x in found.items() if PLANS[name].trains}
-    assert len(trained) >= 12
-    for name, figures in trained.items():
-        assert run.summed_whole(figures) < 16 * run.MIB, name
+    for plan, figures in compiled_figures():
+        if plan.trains:
+            assert run.summed_whole(figures) < 16 * run.MIB, plan.name
