@@ -14,12 +14,13 @@ is counted where the rows are multiplied, and compared with the choices made.
     group_aligned        a token travels once to each device that holds one of its experts: with
                          experts laid out by groups and choices limited to a few, to few devices
 
-libtpu 0.0.52 has no reduce-scatter over the whole of a three-dimensional slice (v5p:2x2x4 with all
-chips along `expert`), nor over v5e:4x4: "all_gather" becomes an all-reduce there, which sends twice
-as much. "all_gather_exchange" sends what a reduce-scatter would, on every slice.
-
 The last two also exist with `lax.ragged_all_to_all` (`ragged_all_to_all`, `ragged_group_aligned`),
 which sends no padding and which not every backend has.
+
+libtpu 0.0.52 has no reduce-scatter over all chips of a slice of three dimensions (v5p:2x2x2 to
+4x4x8), nor of a square one (4x4 and 8x8 of v5e and v6e; 2x4 and 4x8 have one): with all chips along
+`expert`, "all_gather" becomes an all-reduce there, which sends twice as much.
+"all_gather_exchange" sends what a reduce-scatter would, on every slice.
 """
 
 import dataclasses

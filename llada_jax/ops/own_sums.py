@@ -4,6 +4,11 @@ libtpu 0.0.52 compiles a reduce-scatter as one only if it divides the outermost 
 array has in memory. Another one becomes an all-reduce of the whole, of which each rank then takes
 its part: twice the bytes, and the whole sum on every rank. Which dimension lies outermost is up to
 the compiler, unless there is nothing to choose: so the parts are stacked, as rows of 128 numbers.
+
+It has none at all over all chips of a slice of three dimensions (v5p:2x2x2 to 4x4x8) or of a square
+one (4x4 and 8x8 of v5e and v6e): there the sum is an all-reduce. Smaller groups one after the
+other, pairs first, would be reduce-scatters and send half, but over fewer links at a time; which is
+faster was not measured, so the compiler's choice stays.
 """
 
 import math
