@@ -13,6 +13,9 @@ def join(*, is_pod: bool) -> None:
 
     Args:
       is_pod: whether `jax.distributed` is to find them.
+
+    Raises:
+      ValueError: it does not.
     """
     coordinator = os.environ.get("LLADA_COORDINATOR")
     if coordinator is not None:
@@ -22,7 +25,13 @@ def join(*, is_pod: bool) -> None:
             int(os.environ["LLADA_PROCESS_ID"]),
         )
     elif is_pod:
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise ValueError(
+                f"--distributed: jax.distributed finds no hosts of a slice here ({error}); leave "
+                "it out on a single host; on one machine launch/local_pod.sh starts processes"
+            ) from error
 
 
 def check_equal(what: str, value: object) -> None:
