@@ -175,10 +175,10 @@ def test_stream_yields_blocks_in_order_and_their_states(model, strategy):
 
 
 def test_mixed_strategies_and_block_lengths_keep_their_order(model):
-    prompts = [[i, i + 1, i + 2] for i in range(4)]
+    prompts = [[i, i + 1, i + 2] for i in range(6)]
     params = [
         generate.SamplingParams.create(strategy=s, block_length=b, gen_length=10)
-        for s, b in zip(["fixed", "joint", "threshold", "fixed"], [8, 32, 8, 8], strict=True)
+        for s, b in zip(["fixed", "joint", "threshold"] * 2, [8, 8, 8, 32, 32, 8], strict=True)
     ]
     together = model.generate(prompts, params)
     for prompt, param, got in zip(prompts, params, together, strict=True):

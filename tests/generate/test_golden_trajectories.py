@@ -17,7 +17,11 @@ FILES = {
     for name, entry in conftest.load_manifest().items()
     if entry["kind"] in ("generate20", "generate21") and name != QUIRK
 }
-FEW = ["llada2/gen20_b32_s32_t95_p40_f32.npz", "llada2/gen21_b8_t70_e50_mp16_p13_f32.npz"]
+FEW = [
+    "llada2/gen20_b32_s32_t95_p40_f32.npz",
+    "llada2/gen20_eos_early_b8_p13_f32.npz",
+    "llada2/gen21_b8_t70_e50_mp16_p13_f32.npz",
+]
 CASES = [("1,1,1,1", None, name) for name in FILES]
 CASES += [
     (mesh, dispatch, name)

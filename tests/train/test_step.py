@@ -28,9 +28,10 @@ def alone():
     return stepper.state, metrics
 
 
-def test_accumulation_changes_nothing(alone):
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulation_changes_nothing(alone, accumulation):
     mesh = runs.make_mesh((1, 1, 1, 1))
-    opts = runs.step_options(loss=EXTRAS, accumulation=4)
+    opts = runs.step_options(loss=EXTRAS, accumulation=accumulation)
     stepper = runs.Stepper(mesh, BLOCKS, opts)
     for wanted in alone[1]:
         got = stepper(runs.batch(mesh), embedding_noise=0.5)
