@@ -116,6 +116,8 @@ def _run(args: argparse.Namespace) -> None:
     flags = generate_flags.sampling_options(args)
     params = [_naming(prompt.where, prompt.sampling_params, flags) for prompt in prompts]
     template = _given_template(args, prompts)
+    # Before the model is loaded, which may take minutes.
+    processes.check_equal("prompts", (prompts, params, template))
     if args.model is None:
         args.model = str(assets.small_model())
         print("no MODEL given: the small one of llada_jax answers", file=sys.stderr)
@@ -136,7 +138,7 @@ def _run(args: argparse.Namespace) -> None:
     for prompt, prompt_ids, p in zip(prompts, ids, params, strict=True):
         # Checks the request at once, and generates nothing as long as nobody asks for an event.
         _naming(prompt.where, generator.stream, [prompt_ids], [p])
-    processes.check_equal("prompts", (ids, params))
+    processes.check_equal("prompts", ids)  # as this process's tokenizer has them
     view = None
     if args.show_denoising:
         view = denoising_view.DenoisingView(
