@@ -62,6 +62,11 @@ class Plan:
         return (self.source, *where, "--batch", str(self.place.rows), *self.options)
 
     @property
+    def copies(self) -> int:
+        """Positions that go through the network for each token."""
+        return COPIES.get(self.short.partition("_")[0], 1)
+
+    @property
     def trains(self) -> bool:
         """Whether it is a training step."""
         return "--phase" in self.options
@@ -104,6 +109,8 @@ TRAINING = {
 }
 # Phases of the pod configs, by objective; the stable one predicts masks in the whole row.
 PHASES = {"block": "decay_32", "masked": "stable"}
+# Of a row that goes through the network: [x_t ; x_0] where blocks are predicted.
+COPIES = {"block": 2, "masked": 1}
 LENGTHS = {"4k": 4096, "8k": 8192, "32k": 32768}
 # From this length on, the ranks of `expert` share rows.
 SHARED_LENGTH = 32768
@@ -155,7 +162,7 @@ def _training() -> list[Plan]:
             is_shared = length >= SHARED_LENGTH or where in SHARED
             if is_shared:
                 ranks = config.MeshConfig.parse(place.mesh).expert
-                positions = length * (2 if kind == "block" else 1) // ranks
+                positions = length * COPIES[kind] // ranks
                 rows = place.rows // ranks * max(1, POSITIONS // positions)
                 place = dataclasses.replace(place, rows=rows)
             found.append(

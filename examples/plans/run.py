@@ -155,9 +155,10 @@ def over_arithmetic(plan: choices.Plan, figures: dict[str, Any]) -> float:
     """
     cfg = config.ModelConfig.preset(plan.model)
     ranks = figures["mesh"]["expert"]
-    positions = figures["tokens_per_step"] * (2 if plan.short.startswith("block") else 1)
+    positions = figures["tokens_per_step"] * plan.copies
     needed = positions * cfg.num_moe_layers / figures["chips"]
-    # A training step has no flag for the dispatch; this is its default on a TPU.
+    # A training step has no flag for the dispatch; this is its default on a TPU. Backward is one
+    # and a half times as much as forward.
     algorithm = "group_aligned" if plan.trains else plan.place.dispatch
     needed *= traffic.dispatched(algorithm, cfg, ranks) * (2.5 if plan.trains else 1)
     found = sum(

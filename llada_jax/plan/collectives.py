@@ -15,7 +15,6 @@ fusions, under one channel and one `chain_id`; it counts once.
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 
 from llada_jax.plan import execution, hlo, replica_groups
@@ -74,10 +73,10 @@ def collectives(module: hlo.Module, mesh_shape: Mapping[str, int]) -> list[Colle
         kind = i.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
-        chain = _chain(i)
-        if chain and (chain, context) in chains:
-            continue
-        chains.add((chain, context))
+        if i.chain:
+            if (i.chain, context) in chains:
+                continue
+            chains.add((i.chain, context))
         groups = replica_groups.groups_of(i.attributes, num_devices)
         if kind == "all-reduce" and _is_scattered(module, computation, i):
             kind = "reduce-scatter"
@@ -104,13 +103,6 @@ def collectives(module: hlo.Module, mesh_shape: Mapping[str, int]) -> list[Colle
             )
         )
     return found
-
-
-def _chain(instruction: hlo.Instruction) -> str:
-    """What the fusions that carry out one collective step by step have in common, or ""."""
-    chain = re.search(r'\bchain_id="?(\w+)', instruction.attributes)
-    channel = re.search(r"\bchannel_id=(\d+)", instruction.attributes)
-    return f"{chain.group(1)}:{channel.group(1)}" if chain and channel else ""
 
 
 def _share(kind: str, size: int) -> float:

@@ -57,6 +57,13 @@ class Instruction:
         return found.group(1) if found else ""
 
     @property
+    def chain(self) -> str:
+        """What the fusions that carry out one collective step by step have in common, or ""."""
+        chain = re.search(r'\bchain_id="?(\w+)', self.attributes)
+        channel = re.search(r"\bchannel_id=(\d+)", self.attributes)
+        return f"{chain.group(1)}:{channel.group(1)}" if chain and channel else ""
+
+    @property
     def estimated_cycles(self) -> int | None:
         """The compiler's estimate of one execution, where it makes one."""
         found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)

@@ -54,6 +54,25 @@ def compile_layer(
         return compiled.compile_lowered(lowered, {})
 
 
+def sent_bytes(algorithm: str, slice_name: str, preset: str, tokens: int) -> dict[str, float]:
+    """Bytes per token that all chips together send, by kind of collective; first rounds only."""
+    where = hardware.find_slice(slice_name)
+    mesh = hardware.make_mesh(where, config.MeshConfig(expert=len(where.devices)))
+    done = compile_layer(algorithm, config.ModelConfig.preset(preset), mesh, tokens)
+    assert done.module is not None
+    kinds: dict[str, float] = {}
+    for c in collectives.collectives(done.module, dict(mesh.shape)):
+        if not c.unknown_loops:
+            kinds[c.kind] = kinds.get(c.kind, 0) + c.sent_bytes * c.count / tokens
+    return kinds
+
+
+def needed_bytes(algorithm: str, slice_name: str, preset: str) -> float:
+    """What the algorithm's own arithmetic needs of that."""
+    num_chips = len(hardware.find_slice(slice_name).devices)
+    return traffic.dispatched(algorithm, config.ModelConfig.preset(preset), num_chips)
+
+
 def main() -> None:
     """Compiles the layer with every algorithm asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -67,23 +86,15 @@ def main() -> None:
         default=expert_parallel.ALGORITHMS[:5],
     )
     args = parser.parse_args()
-    where = hardware.find_slice(args.slice)
-    num_chips = len(where.devices)
-    mesh = hardware.make_mesh(where, config.MeshConfig(expert=num_chips))
-    cfg = config.ModelConfig.preset(args.preset)
     for algorithm in args.algorithms:
-        done = compile_layer(algorithm, cfg, mesh, args.tokens)
-        assert done.module is not None
-        found = collectives.collectives(done.module, dict(mesh.shape))
-        first = [c for c in found if not c.unknown_loops]
-        sent = sum(c.sent_bytes * c.count for c in first) / args.tokens
-        needed = traffic.dispatched(algorithm, cfg, num_chips)
+        kinds = sent_bytes(algorithm, args.slice, args.preset, args.tokens)
+        sent, needed = sum(kinds.values()), needed_bytes(algorithm, args.slice, args.preset)
         figures = {
             "algorithm": algorithm,
             "bytes_per_token": round(sent),
             "needed": round(needed),
             "ratio": round(sent / needed, 3),
-            "kinds": sorted({c.kind for c in first}),
+            "kinds": sorted(kinds),
         }
         print(json.dumps(figures), flush=True)
 

@@ -2,26 +2,16 @@
 
 import pytest
 
-from llada_jax import config
-from llada_jax.plan import collectives, hardware, traffic
 from tests.benchmarks import dispatch_bytes
 
 pytestmark = [pytest.mark.tpu_compile, pytest.mark.timeout(900)]
 
 
 def sent(algorithm, topology, preset, tokens):
-    """Bytes of a chip by kind of collective, over what the algorithm needs; first rounds only."""
-    where = hardware.find_slice(topology)
-    cfg, ranks = config.ModelConfig.preset(preset), len(where.devices)
-    mesh = hardware.make_mesh(where, config.MeshConfig(expert=ranks))
-    result = dispatch_bytes.compile_layer(algorithm, cfg, mesh, tokens)
-    assert result.module is not None
-    needed = tokens * traffic.dispatched(algorithm, cfg, ranks)
-    shares: dict[str, float] = {}
-    for c in collectives.collectives(result.module, dict(mesh.shape)):
-        if not c.unknown_loops:
-            shares[c.kind] = shares.get(c.kind, 0) + c.sent_bytes * c.count / needed
-    return shares
+    """Bytes by kind of collective, over what the algorithm needs; first rounds only."""
+    needed = dispatch_bytes.needed_bytes(algorithm, topology, preset)
+    found = dispatch_bytes.sent_bytes(algorithm, topology, preset, tokens)
+    return {kind: bytes_per_token / needed for kind, bytes_per_token in found.items()}
 
 
 @pytest.mark.parametrize(
